@@ -1,2 +1,35 @@
-//! The commands of this workspace.
-fn main() {}
+//! The commands of this workspace: `cargo xtask help` lists them.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::flags::{Command, Flags};
+
+mod find;
+mod flags;
+mod names;
+mod tree;
+
+/// Why a command could not do its work; a failed check is an outcome, not an error.
+pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// `Ok(true)` when everything passed, `Ok(false)` when something was checked and failed.
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+fn main() -> ExitCode {
+    match run(Flags::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<bool> {
+    match command {
+        Command::Find(args) => find::run(&args),
+    }
+}
