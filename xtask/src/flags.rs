@@ -15,6 +15,11 @@ pub(crate) struct Flags {
 /// What can be asked for, in the order in which a newcomer meets it.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Check the house rules that a program can check, and print `path:line: message`.
+    ///
+    /// Opening sentences, imports, headers of CUDA files, parameter twins, dependency edges, one name in every
+    /// layer, and whether the paths, symbols and commands that documents name exist.
+    Tidy,
     Find(FindArgs),
 }
 

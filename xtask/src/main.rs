@@ -9,6 +9,7 @@ use crate::flags::{Command, Flags};
 mod find;
 mod flags;
 mod names;
+mod tidy;
 mod tree;
 
 /// Why a command could not do its work; a failed check is an outcome, not an error.
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<bool> {
     match command {
+        Command::Tidy => tidy::run(),
         Command::Find(args) => find::run(&args),
     }
 }

@@ -186,9 +186,9 @@ fn whole(tree: &Tree, path: String) -> Vec<Place> {
 
 fn tolerance_rows(tree: &Tree, model: &str, wanted: &str) -> Vec<Place> {
     let path = "fla-reference/src/tolerance.rs";
-    let (model, wanted) = (format!("\"{model}\""), format!("\"{wanted}\""));
+    let (model, wanted) = (camel(model), camel(wanted));
     let rows = tree.text(path).unwrap_or_default().lines().enumerate();
-    rows.filter(|(_, line)| line.contains(&model) && line.contains(&wanted))
+    rows.filter(|(_, line)| has_words(line, &model) && has_words(line, &wanted))
         .map(|(number, _)| Place { path: path.to_owned(), line: number + 1 })
         .collect()
 }
@@ -215,7 +215,7 @@ mod tests {
                 "fla-reference/src/gated_delta.rs",
                 "//! x\npub fn chunk_fwd<F>() {}\npub fn chunk_fwd_other() {}\n",
             ),
-            ("fla-reference/src/tolerance.rs", "row(\"gated_delta\", \"chunk_fwd\", Bf16),\n"),
+            ("fla-reference/src/tolerance.rs", "row(Model::GatedDelta, Pass::ChunkFwd, Bf16),\n"),
         ]);
         let found = layers(&tree, "fla-gated-delta", "chunk_fwd");
         for layer in &found {
