@@ -6,7 +6,12 @@
 #[track_caller]
 pub(crate) fn len<F>(name: &str, tensor: &[F], shape: &[usize]) {
     let want: usize = shape.iter().product();
-    assert_eq!(tensor.len(), want, "`{name}` is {shape:?}, which is {want} elements, but holds {}", tensor.len());
+    assert_eq!(
+        tensor.len(),
+        want,
+        "`{name}` is {shape:?}, which is {want} elements, but holds {}",
+        tensor.len()
+    );
 }
 
 /// The same for a tensor that may be absent.

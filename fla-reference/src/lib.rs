@@ -1,6 +1,9 @@
 #![doc = include_str!("../README.md")]
 
 mod check;
+mod heads;
+mod maps;
+mod matrix;
 mod outputs;
 
 pub mod chunk;

@@ -9,7 +9,8 @@ mod kk_norm;
 
 use num_traits::Float;
 
-use crate::Shape;
+use crate::{Shape, dplr};
+
 pub use crate::dplr::Options;
 pub use crate::outputs::{OutputGrads, Outputs};
 
@@ -69,32 +70,66 @@ pub struct Grads<F> {
     pub d_initial_state: Vec<F>,
 }
 
-/// The recurrence, token by token.
+/// The recurrence, token by token: [`dplr::recurrent_fwd`] with `q = r` and `g = w`.
+///
+/// ```text
+/// S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T        o_t = scale S_t^T r_t
+/// ```
+///
+/// # Panics
+///
+/// When the length of a tensor does not fit the shape.
 pub fn recurrent_fwd<F: Float>(shape: &Shape, x: &Inputs<F>, options: &Options<F>) -> Outputs<F> {
-    unimplemented!()
+    dplr::recurrent_fwd(shape, &x.as_dplr(), options)
 }
 
-/// Reverse-mode differentiation of the recurrence, token by token.
+/// Gradients of the recurrence: [`dplr::recurrent_bwd`].
+///
+/// # Panics
+///
+/// When the length of a tensor does not fit the shape.
 pub fn recurrent_bwd<F: Float>(
     shape: &Shape,
     x: &Inputs<F>,
     dy: &OutputGrads<F>,
     options: &Options<F>,
 ) -> Grads<F> {
-    unimplemented!()
+    Grads::from_dplr(dplr::recurrent_bwd(shape, &x.as_dplr(), dy, options))
 }
 
-/// The chunk form.
+/// The chunk form: [`dplr::chunk_fwd`].
+///
+/// # Panics
+///
+/// When the length of a tensor does not fit the shape, or the chunk has no rows.
 pub fn chunk_fwd<F: Float>(shape: &Shape, x: &Inputs<F>, options: &Options<F>) -> Outputs<F> {
-    unimplemented!()
+    dplr::chunk_fwd(shape, &x.as_dplr(), options)
 }
 
-/// Gradients of the chunk form.
+/// Gradients of the chunk form: [`dplr::chunk_bwd`].
+///
+/// # Panics
+///
+/// When the length of a tensor does not fit the shape, or the chunk has no rows.
 pub fn chunk_bwd<F: Float>(
     shape: &Shape,
     x: &Inputs<F>,
     dy: &OutputGrads<F>,
     options: &Options<F>,
 ) -> Grads<F> {
-    unimplemented!()
+    Grads::from_dplr(dplr::chunk_bwd(shape, &x.as_dplr(), dy, options))
+}
+
+impl<'a, F> Inputs<'a, F> {
+    fn as_dplr(&self) -> dplr::Inputs<'a, F> {
+        let Inputs { r, w, k, v, a, b, initial_state } = *self;
+        dplr::Inputs { q: r, k, v, a, b, g: w, initial_state }
+    }
+}
+
+impl<F> Grads<F> {
+    fn from_dplr(grads: dplr::Grads<F>) -> Grads<F> {
+        let dplr::Grads { dq, dk, dv, da, db, dg, d_initial_state } = grads;
+        Grads { dr: dq, dw: dg, dk, dv, da, db, d_initial_state }
+    }
 }

@@ -72,3 +72,12 @@ pub struct Shape {
     /// Value channels of a head (V).
     pub v: usize,
 }
+
+impl Shape {
+    /// Panics unless a state has elements.
+    pub(crate) fn check(&self) {
+        self.seqs.check();
+        let Shape { h, k, v, .. } = self;
+        assert!(*h > 0 && *k > 0 && *v > 0, "h = {h}, k = {k} and v = {v} are at least 1");
+    }
+}
