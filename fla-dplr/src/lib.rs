@@ -1,1 +1,18 @@
 #![doc = include_str!("../README.md")]
+
+mod recurrent_fwd;
+
+mod config;
+
+pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
+
+pub use crate::recurrent_fwd::{
+    RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult, recurrent_fwd,
+};
+
+/// The kernels that most users run, for compiling ahead with [`Cache::warm`] and for checks: every pass with
+/// heads of 64 and 128 channels in every dtype, and some uneven shapes.
+#[must_use]
+pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
+    recurrent_fwd::units(arch)
+}

@@ -1,0 +1,14 @@
+//! What every GPU test and benchmark gets for free: a device or a reason, poisoned and guarded buffers, case
+//! tables that run to the end, the same bits twice, and timing by events.
+//!
+//! Behind the feature `testing`, which only dev-dependencies turn on.
+
+mod bench;
+mod buffer;
+mod cases;
+mod gpu;
+
+pub use bench::{Bench, Measured, Record, measure_graph, measure_stream};
+pub use buffer::{Guarded, Poison, same_bits};
+pub use cases::run_cases;
+pub use gpu::{gpu, gpu_is_required};

@@ -1,0 +1,3 @@
+//! t
+/// t
+pub struct Bench; pub struct Measured; pub struct Record; pub fn measure_graph() {} pub fn measure_stream() {}

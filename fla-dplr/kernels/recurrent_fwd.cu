@@ -1,0 +1,203 @@
+// recurrent_fwd: the DPLR delta rule token by token, with the state in registers.
+//
+//   r_t = S^T a_t                                        (1)  from the state before the decay
+//   S  <- diag(e^{g_t}) S + b_t r_t^T + k_t v_t^T        (2)
+//   o_t = scale S^T q_t                                  (3)
+//
+// Reference  fla_reference::dplr::recurrent_fwd
+// Launch     grid ceil(N * H * ceil(V / BV) / WARPS), block 32 * WARPS: a warp owns BV columns of one state
+// FLA        fused_recurrent_dplr_delta_rule
+#pragma once
+#include <fla/core/barrier.cuh>
+#include <fla/core/copy.cuh>
+#include <fla/core/math.cuh>
+#include <fla/core/prelude.cuh>
+#include <fla/core/warp.cuh>
+
+namespace fla::dplr {
+
+template <class Element>
+struct RecurrentFwdParams {
+    const Element* q;            // [B, T, H, K]
+    const Element* k;            // [B, T, H, K]
+    const Element* v;            // [B, T, H, V]
+    const Element* a;            // [B, T, H, K]  reads the state
+    const Element* b;            // [B, T, H, K]  writes what a has read
+    const Element* g;            // [B, T, H, K]  log decay, natural base, at most 0
+    const float* initial_state;  // [N, H, K, V]  null: zero
+    const i64* cu_seqlens;       // [N + 1]       null: N dense sequences of t tokens
+    Element* o;                  // [B, T, H, V]
+    float* final_state;          // [N, H, K, V]  null: not wanted
+    i64 n;
+    i64 t;
+    i32 h;
+    float scale;
+};
+
+template <class Cfg>
+concept RecurrentFwdConfig = requires {
+    typename Cfg::Element;
+    Cfg::K;           // key channels
+    Cfg::V;           // value channels
+    Cfg::LANES_V;     // lanes side by side over V, each with 4 columns; the others lie over K
+    Cfg::WARPS;       // warps of a block
+    Cfg::ONE_TOKEN;   // every sequence has exactly one token
+    Cfg::PREFETCH;    // load the next token's vectors while this one's are used
+    Cfg::DEPENDENT;   // the launch may start before the one ahead of it has ended
+};
+
+// The widest access, in elements, that keeps every row of `row` elements aligned when the first one is.
+template <class T>
+__device__ constexpr int access_elems(int row) {
+    int n = 16 / sizeof(T);
+    while (row % n != 0) n /= 2;
+    return n;
+}
+
+// Loads the first `valid` of SIZE elements and zeros for the rest, N with one access; `valid` is a multiple of N.
+template <int N, int SIZE, class T>
+__device__ void load_masked(T (&x)[SIZE], const T* src, int valid) {
+    #pragma unroll
+    for (int i = 0; i < SIZE; i += N) {
+        Vec<T, N> piece = {};
+        if (i < valid) piece = load_nc<N>(src + i);
+        #pragma unroll
+        for (int j = 0; j < N; ++j) x[i + j] = piece.at[j];
+    }
+}
+
+// The vectors of one token, as far as one lane needs them.
+template <class Element, int BK, int COLS>
+struct Token {
+    Element q[BK], k[BK], a[BK], b[BK], g[BK];
+    Element v[COLS];
+};
+
+template <RecurrentFwdConfig Cfg>
+__device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p) {
+    using Element = typename Cfg::Element;
+    constexpr int K = Cfg::K, V = Cfg::V, LANES_V = Cfg::LANES_V;
+    constexpr int COLS = 4;                                       // columns of a lane: 16 bytes of state
+    constexpr int BV = COLS * LANES_V;                            // columns of a warp
+    constexpr int LANES_K = 32 / LANES_V;
+    constexpr int K_ACCESS = access_elems<Element>(K);
+    constexpr int BK = ceil_div(ceil_div(K, LANES_K), K_ACCESS) * K_ACCESS;  // rows of a lane
+    constexpr int V_ACCESS = min(access_elems<Element>(V), COLS);
+    constexpr int STATE_ACCESS = access_elems<float>(V);
+
+    if constexpr (Cfg::DEPENDENT) {
+        griddepcontrol_launch_dependents();
+        griddepcontrol_wait();  // what the launch before has written is visible
+    }
+
+    // Slices of one head are neighbours, so that a block reads whole rows of a state.
+    const i64 i_slice = i64(blockIdx.x) * Cfg::WARPS + threadIdx.x / 32;
+    const int i_v = int(i_slice % ceil_div(V, BV));
+    const i64 i_nh = i_slice / ceil_div(V, BV);
+    const i64 i_n = i_nh / p.h;
+    const int i_h = int(i_nh % p.h);
+    if (i_n >= p.n) return;
+
+    const int row0 = lane_id() / LANES_V * BK;
+    const int col0 = i_v * BV + lane_id() % LANES_V * COLS;
+    // Rows and columns of this lane that exist; may be more than it has, or none.
+    const int rows = BK * LANES_K == K ? BK : K - row0;
+    const int cols = V % BV == 0 ? COLS : V - col0;
+    const i64 state0 = (i_nh * K + row0) * V + col0;
+
+    float r_state[BK][COLS];  // [BK, COLS] of [K, V]
+    #pragma unroll
+    for (int i = 0; i < BK; ++i) {
+        #pragma unroll
+        for (int j = 0; j < COLS; j += STATE_ACCESS) {
+            Vec<float, STATE_ACCESS> piece = {};
+            if (p.initial_state != nullptr && i < rows && j < cols) {
+                piece = load_stream<STATE_ACCESS>(p.initial_state + state0 + i64(i) * V + j);
+            }
+            #pragma unroll
+            for (int c = 0; c < STATE_ACCESS; ++c) r_state[i][j + c] = piece.at[c];
+        }
+    }
+
+    i64 bos = i_n * p.t, eos = bos + p.t;
+    if (p.cu_seqlens != nullptr) {
+        bos = p.cu_seqlens[i_n];
+        eos = p.cu_seqlens[i_n + 1];
+    }
+
+    const auto load_token = [&](i64 i_t) {
+        const i64 row = i_t * p.h + i_h;
+        const i64 at_k = row * K + row0;
+        Token<Element, BK, COLS> x;
+        load_masked<K_ACCESS>(x.a, p.a + at_k, rows);
+        load_masked<K_ACCESS>(x.g, p.g + at_k, rows);
+        load_masked<K_ACCESS>(x.b, p.b + at_k, rows);
+        load_masked<K_ACCESS>(x.k, p.k + at_k, rows);
+        load_masked<K_ACCESS>(x.q, p.q + at_k, rows);
+        load_masked<V_ACCESS>(x.v, p.v + row * V + col0, cols);
+        return x;
+    };
+    const auto step = [&](i64 i_t, const Token<Element, BK, COLS>& x) {
+        // (1)
+        float r_r[COLS] = {};
+        #pragma unroll
+        for (int i = 0; i < BK; ++i) {
+            #pragma unroll
+            for (int c = 0; c < COLS; ++c) r_r[c] = fmaf(r_state[i][c], to_f32(x.a[i]), r_r[c]);
+        }
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) r_r[c] = strided_sum<LANES_V>(r_r[c]);
+
+        // (2) and (3)
+        float r_o[COLS] = {};
+        #pragma unroll
+        for (int i = 0; i < BK; ++i) {
+            const float decay = exp_approx(to_f32(x.g[i]));
+            #pragma unroll
+            for (int c = 0; c < COLS; ++c) {
+                const float added = fmaf(to_f32(x.b[i]), r_r[c], to_f32(x.k[i]) * to_f32(x.v[c]));
+                r_state[i][c] = fmaf(decay, r_state[i][c], added);
+                r_o[c] = fmaf(r_state[i][c], to_f32(x.q[i]), r_o[c]);
+            }
+        }
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) r_o[c] = strided_sum<LANES_V>(r_o[c]);
+        if (row0 == 0) {
+            #pragma unroll
+            for (int j = 0; j < COLS; j += V_ACCESS) {
+                Vec<Element, V_ACCESS> piece;
+                #pragma unroll
+                for (int c = 0; c < V_ACCESS; ++c) piece.at[c] = from_f32<Element>(p.scale * r_o[j + c]);
+                if (j < cols) store<V_ACCESS>(p.o + (i_t * p.h + i_h) * V + col0 + j, piece);
+            }
+        }
+    };
+
+    if constexpr (Cfg::ONE_TOKEN) {
+        step(bos, load_token(bos));
+    } else if constexpr (!Cfg::PREFETCH) {
+        for (i64 i_t = bos; i_t < eos; ++i_t) step(i_t, load_token(i_t));
+    } else if (bos < eos) {
+        Token<Element, BK, COLS> next = load_token(bos);
+        for (i64 i_t = bos; i_t < eos; ++i_t) {
+            const Token<Element, BK, COLS> x = next;
+            if (i_t + 1 < eos) next = load_token(i_t + 1);
+            step(i_t, x);
+        }
+    }
+
+    if (p.final_state != nullptr) {
+        #pragma unroll
+        for (int i = 0; i < BK; ++i) {
+            #pragma unroll
+            for (int j = 0; j < COLS; j += STATE_ACCESS) {
+                Vec<float, STATE_ACCESS> piece;
+                #pragma unroll
+                for (int c = 0; c < STATE_ACCESS; ++c) piece.at[c] = r_state[i][j + c];
+                if (i < rows && j < cols) store<STATE_ACCESS>(p.final_state + state0 + i64(i) * V + j, piece);
+            }
+        }
+    }
+}
+
+}  // namespace fla::dplr

@@ -1,0 +1,285 @@
+//! The recurrent forward pass: a fused loop over tokens that keeps the state on chip.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use fla_core::{
+    Arch, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit, check_len,
+};
+use half::{bf16, f16};
+
+use crate::config::RecurrentFwdConfig;
+
+/// Largest K and V: a warp holds whole columns of the state in registers.
+const MAX_K: usize = 256;
+const MAX_V: usize = 512;
+
+const SOURCE: Source =
+    Source { name: "fla/dplr/recurrent_fwd.cu", text: include_str!("../kernels/recurrent_fwd.cu") };
+
+/// What has no safe default, and what may be changed.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct RecurrentFwdOptions {
+    /// Factor of the output; `K^-0.5` and 1 are both common, so it must be said.
+    pub scale: f32,
+}
+
+impl RecurrentFwdOptions {
+    /// The options with this factor of the output.
+    #[must_use]
+    pub const fn new(scale: f32) -> Self {
+        Self { scale }
+    }
+}
+
+/// What the pass reads. Contiguous, each at a multiple of 16 bytes.
+#[derive(Clone, Copy)]
+#[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
+pub struct RecurrentFwdInputs<'a, T> {
+    /// Queries: `[B, T, H, K]`.
+    pub q: &'a dyn DevicePtr<T>,
+    /// Keys: `[B, T, H, K]`.
+    pub k: &'a dyn DevicePtr<T>,
+    /// Values: `[B, T, H, V]`.
+    pub v: &'a dyn DevicePtr<T>,
+    /// What is read from the state before the decay: `[B, T, H, K]`.
+    pub a: &'a dyn DevicePtr<T>,
+    /// Where it is written back: `[B, T, H, K]`.
+    pub b: &'a dyn DevicePtr<T>,
+    /// Log decay, natural base, at most 0: `[B, T, H, K]`.
+    pub g: &'a dyn DevicePtr<T>,
+    /// State before the first token of each sequence, or zero when absent: `[N, H, K, V]`.
+    pub initial_state: Option<&'a dyn DevicePtr<f32>>,
+}
+
+/// What the pass writes, whole.
+#[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
+pub struct RecurrentFwdOutputs<'a, T> {
+    /// Outputs: `[B, T, H, V]`.
+    pub o: &'a mut dyn DevicePtrMut<T>,
+    /// State after the last token of each sequence, when wanted: `[N, H, K, V]`.
+    pub final_state: Option<&'a mut dyn DevicePtrMut<f32>>,
+}
+
+/// What the one-call form returns.
+#[derive(Debug)]
+pub struct RecurrentFwdResult<T> {
+    /// Outputs: `[B, T, H, V]`.
+    pub o: CudaSlice<T>,
+    /// State after the last token of each sequence: `[N, H, K, V]`.
+    pub final_state: CudaSlice<f32>,
+}
+
+/// The recurrent forward pass of the DPLR delta rule, made once for a shape and run many times.
+///
+/// ```text
+/// S_t = (diag(e^{g_t}) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
+/// ```
+///
+/// | tensor              | shape          | dtype          | meaning                                    |
+/// |---------------------|----------------|----------------|--------------------------------------------|
+/// | `q`, `k`, `a`, `b`  | `[B, T, H, K]` | `T`            | queries, keys, low-rank transition         |
+/// | `v`                 | `[B, T, H, V]` | `T`            | values                                     |
+/// | `g`                 | `[B, T, H, K]` | `T`            | log decay, natural base, at most 0         |
+/// | `initial_state`     | `[N, H, K, V]` | f32            | optional; zero when absent                 |
+/// | `o` (out)           | `[B, T, H, V]` | `T`            | outputs                                    |
+/// | `final_state` (out) | `[N, H, K, V]` | f32            | optional; not computed to memory if absent |
+///
+/// `T` is f32, bf16 or f16; K is at most 256 and V at most 512, any size. A sequence without tokens hands its
+/// state through. The values of `g` are not checked: above 0 the state grows, which the operator computes as
+/// asked.
+///
+/// # Numerics
+///
+/// Everything is widened to f32 and the state never leaves it; `o` is rounded once. The error against the
+/// float64 recurrence stays under the rows `dplr, recurrent_fwd` of `fla_reference::tolerance`. Sums are taken
+/// in a fixed order: the same inputs give the same bits.
+///
+/// # Source
+///
+/// The DPLR form of the delta rule: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution",
+/// arXiv:2503.14456.
+#[derive(Debug)]
+pub struct RecurrentFwd<T> {
+    kernel: Kernel<RecurrentFwdParams<T>>,
+    shape: Shape,
+    cu_seqlens: Option<CudaSlice<i64>>,
+    scale: f32,
+    /// None when there is nothing to launch.
+    grid: Option<Grid>,
+}
+
+impl<T: Element> RecurrentFwd<T> {
+    /// Checks the shape, compiles or loads the kernel, and uploads the offsets of packed sequences.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Dim`] when H, K or V is 0 or too large; [`Error::Option`] when `scale` is not finite;
+    /// [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`] or [`Error::OutOfMemory`] when the kernel cannot
+    /// be had.
+    pub fn new(device: &Device, shape: &Shape, options: &RecurrentFwdOptions) -> Result<Self, Error> {
+        shape.check(MAX_K, MAX_V)?;
+        let scale = options.scale;
+        if !scale.is_finite() {
+            return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
+        }
+        let config = RecurrentFwdConfig::new(shape.k);
+        let one_token = shape.seqs.cu_seqlens().is_none() && shape.seqs.t() == 1;
+        let dependent = device.arch().has_tma();
+        tracing::debug!(?config, one_token, dependent, k = shape.k, v = shape.v, "dplr recurrent_fwd");
+        let kernel = device.kernel(&unit::<T>(device.arch(), shape.k, shape.v, one_token))?;
+
+        // A warp takes BV columns of one state; blocks lie along x, which takes 2^31 - 1.
+        let slices = shape.v.div_ceil(4 * config.lanes_v as usize);
+        let warps = shape.seqs.n().saturating_mul(shape.h).saturating_mul(slices);
+        let blocks = warps.div_ceil(config.warps as usize);
+        let grid = match i32::try_from(blocks) {
+            Ok(0) => None,
+            Ok(blocks) => Some(Grid::x(blocks as u32).with_dependent_launch(dependent)),
+            Err(_) => {
+                let wanted = format!("such that its states need at most {} blocks", i32::MAX);
+                return Err(Error::Dim { dim: "N", wanted, got: shape.seqs.n() });
+            }
+        };
+        let cu_seqlens = shape.seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?;
+        Ok(Self { kernel, shape: shape.clone(), cu_seqlens, scale, grid })
+    }
+
+    /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Len`] and [`Error::Align`], which name the tensor; [`Error::Context`] when the stream belongs to
+    /// another context; [`Error::Driver`] when the launch is refused. Nothing has been launched then.
+    pub fn run(
+        &self,
+        stream: &CudaStream,
+        x: &RecurrentFwdInputs<'_, T>,
+        y: &mut RecurrentFwdOutputs<'_, T>,
+    ) -> Result<(), Error> {
+        let Shape { seqs, h, .. } = &self.shape;
+        let (k_len, v_len, state_len) = (self.shape.k_len(), self.shape.v_len(), self.shape.state_len());
+        for (name, tensor) in [("q", x.q), ("k", x.k), ("a", x.a), ("b", x.b), ("g", x.g)] {
+            check_len(name, "[B, T, H, K]", k_len, tensor.len())?;
+        }
+        check_len("v", "[B, T, H, V]", v_len, x.v.len())?;
+        check_len("o", "[B, T, H, V]", v_len, y.o.len())?;
+        if let Some(state) = x.initial_state {
+            check_len("initial_state", "[N, H, K, V]", state_len, state.len())?;
+        }
+        if let Some(state) = &y.final_state {
+            check_len("final_state", "[N, H, K, V]", state_len, state.len())?;
+        }
+        let Some(grid) = self.grid else { return Ok(()) };
+        self.kernel.launch(stream, grid, |bind| RecurrentFwdParams {
+            q: bind.read("q", x.q),
+            k: bind.read("k", x.k),
+            v: bind.read("v", x.v),
+            a: bind.read("a", x.a),
+            b: bind.read("b", x.b),
+            g: bind.read("g", x.g),
+            initial_state: bind.read_opt("initial_state", x.initial_state),
+            cu_seqlens: bind.read_opt("cu_seqlens", self.cu_seqlens.as_ref()),
+            o: bind.write("o", &mut *y.o),
+            final_state: bind.write_opt("final_state", y.final_state.as_deref_mut()),
+            n: seqs.n() as i64,
+            t: seqs.t() as i64,
+            // `new` has checked that H fits.
+            h: *h as i32,
+            scale: self.scale,
+        })
+    }
+}
+
+/// Makes the plan, allocates the outputs and runs, on the stream of `q`.
+///
+/// The compiled kernel comes from the device's cache, so a second call costs no compilation; but for decoding
+/// keep a [`RecurrentFwd`], which allocates nothing.
+///
+/// # Errors
+///
+/// As [`RecurrentFwd::new`] and [`RecurrentFwd::run`].
+pub fn recurrent_fwd<T: Element>(
+    device: &Device,
+    shape: &Shape,
+    x: &RecurrentFwdInputs<'_, T>,
+    options: &RecurrentFwdOptions,
+) -> Result<RecurrentFwdResult<T>, Error> {
+    let plan = RecurrentFwd::new(device, shape, options)?;
+    let stream: Arc<CudaStream> = x.q.stream().clone();
+    let mut y = RecurrentFwdResult {
+        o: device.alloc(&stream, shape.v_len())?,
+        final_state: device.alloc(&stream, shape.state_len())?,
+    };
+    let mut outputs = RecurrentFwdOutputs { o: &mut y.o, final_state: Some(&mut y.final_state) };
+    plan.run(&stream, x, &mut outputs)?;
+    Ok(y)
+}
+
+pub(crate) fn units(arch: Arch) -> Vec<Unit> {
+    let mut out = Vec::new();
+    for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
+        for one_token in [true, false] {
+            out.push(unit::<f32>(arch, k, v, one_token));
+            out.push(unit::<bf16>(arch, k, v, one_token));
+            out.push(unit::<f16>(arch, k, v, one_token));
+        }
+    }
+    out
+}
+
+fn unit<T: Element>(arch: Arch, k: usize, v: usize, one_token: bool) -> Unit {
+    let config = RecurrentFwdConfig::new(k);
+    Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
+        .with("Element", T::DTYPE)
+        .with("K", k as i32)
+        .with("V", v as i32)
+        .with("LANES_V", config.lanes_v)
+        .with("WARPS", config.warps)
+        .with("ONE_TOKEN", one_token)
+        .with("PREFETCH", config.prefetch)
+        .with("DEPENDENT", arch.has_tma())
+}
+
+/// Twin of `fla::dplr::RecurrentFwdParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RecurrentFwdParams<T> {
+    q: Ptr<T>,
+    k: Ptr<T>,
+    v: Ptr<T>,
+    a: Ptr<T>,
+    b: Ptr<T>,
+    g: Ptr<T>,
+    initial_state: Ptr<f32>,
+    cu_seqlens: Ptr<i64>,
+    o: PtrMut<T>,
+    final_state: PtrMut<f32>,
+    n: i64,
+    t: i64,
+    h: i32,
+    scale: f32,
+}
+
+// SAFETY: `#[repr(C)]`, and the fields are listed in order.
+unsafe impl<T: Element> Params for RecurrentFwdParams<T> {
+    const CUDA_TYPE: &'static str = "fla::dplr::RecurrentFwdParams<Cfg::Element>";
+    const FIELDS: &'static [Field] = &[
+        Field::new("q", "const Cfg::Element*", offset_of!(Self, q)),
+        Field::new("k", "const Cfg::Element*", offset_of!(Self, k)),
+        Field::new("v", "const Cfg::Element*", offset_of!(Self, v)),
+        Field::new("a", "const Cfg::Element*", offset_of!(Self, a)),
+        Field::new("b", "const Cfg::Element*", offset_of!(Self, b)),
+        Field::new("g", "const Cfg::Element*", offset_of!(Self, g)),
+        Field::new("initial_state", "const float*", offset_of!(Self, initial_state)),
+        Field::new("cu_seqlens", "const fla::i64*", offset_of!(Self, cu_seqlens)),
+        Field::new("o", "Cfg::Element*", offset_of!(Self, o)),
+        Field::new("final_state", "float*", offset_of!(Self, final_state)),
+        Field::new("n", "fla::i64", offset_of!(Self, n)),
+        Field::new("t", "fla::i64", offset_of!(Self, t)),
+        Field::new("h", "fla::i32", offset_of!(Self, h)),
+        Field::new("scale", "float", offset_of!(Self, scale)),
+    ];
+}
