@@ -115,16 +115,6 @@ impl<F: Float> Matrix<F> {
         self
     }
 
-    /// Keeps the diagonal and what is below it.
-    pub(crate) fn lower(mut self) -> Matrix<F> {
-        for i in 0..self.rows {
-            for x in self.row_mut(i).iter_mut().skip(i + 1) {
-                *x = F::zero();
-            }
-        }
-        self
-    }
-
     /// Keeps what is below the diagonal.
     pub(crate) fn strictly_lower(mut self) -> Matrix<F> {
         for i in 0..self.rows {

@@ -65,11 +65,11 @@ pub fn k_update_bwd<F: Float>(shape: &KUpdateShape, x: &KUpdateInputs<F>, d_out:
         da: vec![F::zero(); x.a.len()],
         dka: vec![F::zero(); x.ka.len()],
     };
-    for i in 0..d_out.len() {
+    for (i, &d_out) in d_out.iter().enumerate() {
         let i_d = i % shape.d;
-        dx.dk[i] = d_out[i] * (one + (x.a[i] - one) * x.ka[i_d]);
-        dx.da[i] = d_out[i] * x.k[i] * x.ka[i_d];
-        dx.dka[i_d] = dx.dka[i_d] + d_out[i] * x.k[i] * (x.a[i] - one);
+        dx.dk[i] = d_out * (one + (x.a[i] - one) * x.ka[i_d]);
+        dx.da[i] = d_out * x.k[i] * x.ka[i_d];
+        dx.dka[i_d] = dx.dka[i_d] + d_out * x.k[i] * (x.a[i] - one);
     }
     dx
 }
