@@ -1,6 +1,10 @@
 //! The commands and their flags, which are also the help.
 
+use std::path::PathBuf;
+
 use clap::{Args, Parser, Subcommand};
+
+use crate::kernels::ARCHS;
 
 /// The commands of this workspace.
 ///
@@ -15,12 +19,49 @@ pub(crate) struct Flags {
 /// What can be asked for, in the order in which a newcomer meets it.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Check everything that needs no GPU, and the GPU tests when there is one.
+    ///
+    /// Format, house rules, clippy, documentation, every kernel compiled for every architecture, tests, the conformance
+    /// cases on the reference, and the packages. Every step runs, also after a failure; the last line counts them. NVRTC
+    /// is fetched from PyPI into `target/cuda` when no CUDA toolkit is found.
+    Test,
+    TestGpu(TestGpuArgs),
+    Kernels(KernelsArgs),
     /// Check the house rules that a program can check, and print `path:line: message`.
     ///
     /// Opening sentences, imports, headers of CUDA files, parameter twins, dependency edges, one name in every
     /// layer, and whether the paths, symbols and commands that documents name exist.
     Tidy,
     Find(FindArgs),
+    Bundle(BundleArgs),
+}
+
+/// Run every GPU test and the conformance cases on the GPU; a missing GPU is an error.
+///
+/// Runs cargo in a checkout, and the executables that lie beside it in a bundle.
+#[derive(Debug, Args)]
+pub(crate) struct TestGpuArgs {
+    /// Run only the tests whose name contains this; the conformance cases are then left out.
+    pub(crate) filter: Option<String>,
+}
+
+/// Compile every kernel for every architecture: registers, spills, shared memory, size, time.
+///
+/// Needs NVRTC but no GPU. The numbers for sm_90a are compared with those in `xtask/kernels.sm_90a.txt` when they come
+/// from the same NVRTC; a difference fails, and so does a spill.
+#[derive(Debug, Args)]
+pub(crate) struct KernelsArgs {
+    /// Compile only the kernels whose symbol contains this; nothing is then compared.
+    pub(crate) filter: Option<String>,
+    /// The architectures to compile for.
+    #[arg(long, value_delimiter = ',', default_values = ARCHS)]
+    pub(crate) arch: Vec<String>,
+    /// Write each cubin and its assembly into this folder.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sass: Option<PathBuf>,
+    /// Write the numbers for sm_90a into the committed table instead of comparing them with it.
+    #[arg(long, conflicts_with = "filter")]
+    pub(crate) write: bool,
 }
 
 /// Print where a name lives in every layer of every crate.
@@ -32,4 +73,15 @@ pub(crate) enum Command {
 pub(crate) struct FindArgs {
     /// The stem, in snake case.
     pub(crate) stem: String,
+}
+
+/// Put test and bench executables into one folder, for a GPU machine without Rust and without a network.
+///
+/// The folder holds the stripped executables, this program, the conformance cases and `run.sh`, and stays below 60 MiB.
+/// The GPU machine needs the NVIDIA driver and NVRTC.
+#[derive(Debug, Args)]
+pub(crate) struct BundleArgs {
+    /// The folder to fill; `bundle` at the root of the workspace when absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
 }

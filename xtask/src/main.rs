@@ -6,10 +6,17 @@ use clap::Parser;
 
 use crate::flags::{Command, Flags};
 
+mod bundle;
 mod find;
 mod flags;
+mod home;
+mod kernels;
 mod names;
+mod steps;
+mod test;
+mod test_gpu;
 mod tidy;
+mod toolchain;
 mod tree;
 
 /// Why a command could not do its work; a failed check is an outcome, not an error.
@@ -31,7 +38,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<bool> {
     match command {
+        Command::Test => test::run(),
+        Command::TestGpu(args) => test_gpu::run(&args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Tidy => tidy::run(),
         Command::Find(args) => find::run(&args),
+        Command::Bundle(args) => bundle::run(&args),
     }
 }

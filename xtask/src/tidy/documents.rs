@@ -38,12 +38,11 @@ pub(super) fn symbols(tree: &Tree) -> Vec<Finding> {
         let name = words.trim_end_matches("()");
         let Some((krate, rest)) = crate_of(tree, name) else { continue };
         let identifiers = known.entry(krate).or_insert_with_key(|krate| identifiers(tree, krate));
-        let is_identifier = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let mut parts = rest.split("::");
         // A generic, a placeholder or a list in braces is left to the reader.
-        let plain = parts.clone().chain([name.split("::").next().unwrap_or_default()]);
-        let plain = plain.into_iter().all(|part| !part.is_empty() && part.chars().all(is_identifier));
-        if let Some(missing) = parts.find(|part| plain && !identifiers.contains(*part)) {
+        let is_identifier = |part: &str| part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let plain = name.split("::").all(|part| !part.is_empty() && is_identifier(part));
+        let missing = rest.split("::").find(|part| !identifiers.contains(*part));
+        if let (true, Some(missing)) = (plain, missing) {
             findings.push(Finding::new(
                 path,
                 line,
