@@ -88,10 +88,10 @@ pub fn recurrent_fwd<F: Float>(shape: &Shape, x: &Inputs<F>, options: &Options<F
     };
     for place in places(shape) {
         let state = state_mut(&mut y.final_state, place.slot, shape.k * shape.v);
-        let mut scratch = Scratch::new(shape);
+        let mut decay = vec![F::zero(); shape.k];
         for i_t in place.tokens {
             let o = place.v.row_mut(&mut y.o, i_t);
-            step(state, &x.token(&place.k, &place.v, i_t), &mut scratch, o);
+            step(state, &x.token(&place.k, &place.v, i_t), &mut decay, o);
             for o in o {
                 *o = *o * options.scale;
             }
@@ -130,12 +130,12 @@ pub fn recurrent_bwd<F: Float>(
         let initial_state = or_zeros(x.initial_state.map(|s| state(s, place.slot, state_len)), state_len);
         let d_state = state_mut(&mut dx.d_initial_state, place.slot, state_len);
         let tokens: Vec<usize> = place.tokens.collect();
-        let (mut scratch, mut o) = (Scratch::new(shape), vec![F::zero(); shape.v]);
+        let (mut decay, mut o) = (vec![F::zero(); shape.k], vec![F::zero(); shape.v]);
         let (mut r, mut dr) = (vec![F::zero(); shape.v], vec![F::zero(); shape.v]);
         replay_backwards(
             &initial_state,
             tokens.len(),
-            |state, i| step(state, &x.token(&kh, &vh, tokens[i]), &mut scratch, &mut o),
+            |state, i| step(state, &x.token(&kh, &vh, tokens[i]), &mut decay, &mut o),
             |Step { i, before, after }| {
                 let i_t = tokens[i];
                 let token = x.token(&kh, &vh, i_t);
@@ -356,35 +356,56 @@ struct Token<'a, F> {
     g: &'a [F],
 }
 
-/// Vectors that a step would otherwise allocate.
-#[derive(Clone, Debug)]
-struct Scratch<F> {
-    /// `[V]`  a^T S
-    r: Vec<F>,
-}
-
-impl<F: Float> Scratch<F> {
-    fn new(shape: &Shape) -> Scratch<F> {
-        Scratch { r: vec![F::zero(); shape.v] }
-    }
-}
-
 /// Moves the state past one token and reads it, without the scale.
-fn step<F: Float>(state: &mut [F], token: &Token<F>, scratch: &mut Scratch<F>, o: &mut [F]) {
-    let Token { q, k, v, a, b, g } = *token;
-    let r = &mut scratch.r;
-    r.fill(F::zero());
-    for (row, &a) in state.chunks_exact(v.len()).zip(a) {
-        axpy(r, a, row);
+fn step<F: Float>(state: &mut [F], token: &Token<F>, decay: &mut [F], o: &mut [F]) {
+    const BLOCK: usize = 16;
+    for (decay, g) in decay.iter_mut().zip(token.g) {
+        *decay = g.exp();
     }
-    o.fill(F::zero());
-    for (i_k, row) in state.chunks_exact_mut(v.len()).enumerate() {
-        let (q, k, b, decay) = (q[i_k], k[i_k], b[i_k], g[i_k].exp());
-        for (((s, &r), &v), o) in row.iter_mut().zip(r.iter()).zip(v).zip(o.iter_mut()) {
-            *s = decay * *s + b * r + k * v;
-            *o = *o + q * *s;
+    // Columns do not meet. In blocks, what is summed over the rows stays in registers.
+    let (v_blocks, v_rest) = token.v.as_chunks::<BLOCK>();
+    let (o_blocks, o_rest) = o.as_chunks_mut::<BLOCK>();
+    for (i, (v, o)) in v_blocks.iter().zip(o_blocks).enumerate() {
+        *o = step_columns(state, token, decay, Columns { first: i * BLOCK, v: *v });
+    }
+    let done = token.v.len() - v_rest.len();
+    for (i, (&v, o)) in v_rest.iter().zip(o_rest).enumerate() {
+        [*o] = step_columns(state, token, decay, Columns { first: done + i, v: [v] });
+    }
+}
+
+/// Some columns of a state, and what is written to them.
+#[derive(Clone, Copy, Debug)]
+struct Columns<F, const N: usize> {
+    first: usize,
+    v: [F; N],
+}
+
+fn step_columns<F: Float, const N: usize>(
+    state: &mut [F],
+    token: &Token<F>,
+    decay: &[F],
+    columns: Columns<F, N>,
+) -> [F; N] {
+    let Columns { first, v } = columns;
+    let width = token.v.len();
+    let mut r = [F::zero(); N];
+    for (row, &a) in state.chunks_exact(width).zip(token.a) {
+        let row = &row[first..][..N];
+        for i in 0..N {
+            r[i] = r[i] + a * row[i];
         }
     }
+    let mut o = [F::zero(); N];
+    let rows = state.chunks_exact_mut(width).zip(decay).zip(token.b).zip(token.k).zip(token.q);
+    for ((((row, &decay), &b), &k), &q) in rows {
+        let row = &mut row[first..][..N];
+        for i in 0..N {
+            row[i] = decay * row[i] + b * r[i] + k * v[i];
+            o[i] = o[i] + q * row[i];
+        }
+    }
+    o
 }
 
 /// What a chunk computes before it meets the state.
