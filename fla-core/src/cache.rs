@@ -169,7 +169,10 @@ impl<'a> Entry<'a> {
         if lock.is_some()
             && let Err(error) = self.write(&bytes)
         {
-            self.warn("cannot write a kernel cache entry; it will be compiled again next time", &error.to_string());
+            self.warn(
+                "cannot write a kernel cache entry; it will be compiled again next time",
+                &error.to_string(),
+            );
         }
         Ok(Cubin { bytes, origin: Origin::Compiled })
     }
@@ -273,7 +276,10 @@ impl<'a> Entry<'a> {
         match attempt() {
             Ok(file) => Some(file),
             Err(error) => {
-                self.warn("the kernel cache cannot be written; this process compiles for itself", &error.to_string());
+                self.warn(
+                    "the kernel cache cannot be written; this process compiles for itself",
+                    &error.to_string(),
+                );
                 None
             }
         }
@@ -317,7 +323,9 @@ impl<'a> Entry<'a> {
 /// FNV-1a: stable between releases, unlike the standard library's hasher. It only names files and finds
 /// damage; what decides is the comparison of the whole key.
 fn fnv(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -383,7 +391,10 @@ mod tests {
             ("cut off in the head", good[..30].to_vec()),
             ("cut off in the payload", good[..good.len() - 1].to_vec()),
             ("one byte too many", [&good[..], b"x"].concat()),
-            ("another program's file", b"\x7fELF and so on, long enough to hold a head of forty bytes".to_vec()),
+            (
+                "another program's file",
+                b"\x7fELF and so on, long enough to hold a head of forty bytes".to_vec(),
+            ),
             ("another NVRTC", flipped(12)),
             ("a length that overflows", [&good[..28], &[0xff; 16], &good[44..]].concat()),
             ("another key", flipped(good.len() - CUBIN.len() - 1)),
@@ -470,7 +481,8 @@ mod tests {
     /// Not a test of its own: what the child processes of the two tests below run, told by variables.
     #[test]
     fn child_process() {
-        let (Some(dir), Some(role)) = (std::env::var_os("FLA_TEST_DIR"), std::env::var_os("FLA_TEST_ROLE")) else {
+        let (Some(dir), Some(role)) = (std::env::var_os("FLA_TEST_DIR"), std::env::var_os("FLA_TEST_ROLE"))
+        else {
             return;
         };
         let dir = PathBuf::from(dir);
@@ -482,7 +494,8 @@ mod tests {
             thread::sleep(Duration::from_secs(60));
         }
         let build = || {
-            fs::write(dir.join(format!("built-{}", std::process::id())), b"").expect("the folder is writable");
+            fs::write(dir.join(format!("built-{}", std::process::id())), b"")
+                .expect("the folder is writable");
             thread::sleep(Duration::from_millis(300));
             Ok(CUBIN.to_vec())
         };
@@ -517,7 +530,10 @@ mod tests {
         let mut writer = child(&folder.0, "killed").spawn().expect("the test executable runs");
         let lines = BufReader::new(writer.stdout.take().expect("piped")).lines();
         // The child holds the lock and has written half a file once it says so.
-        assert!(lines.map_while(Result::ok).any(|line| line.contains("ready")), "the child never got the lock");
+        assert!(
+            lines.map_while(Result::ok).any(|line| line.contains("ready")),
+            "the child never got the lock"
+        );
         writer.kill().expect("own child");
         writer.wait().expect("own child");
         assert_eq!(get(&entry(&folder.0)), Origin::Compiled);

@@ -177,7 +177,9 @@ impl Nvrtc {
             // SAFETY: the builtins are data for NVRTC, which opens them the same way.
             match unsafe { Library::new(&path) } {
                 Ok(library) => std::mem::forget(library),
-                Err(error) => tracing::debug!(path = %path.display(), %error, "no NVRTC builtins beside NVRTC"),
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "no NVRTC builtins beside NVRTC")
+                }
             }
         });
     }
@@ -359,7 +361,8 @@ mod tests {
             .err()
             .expect("neither is there");
         let text = Error::NoNvrtc { tried }.to_string();
-        for part in ["/nowhere/libnvrtc.so.13 (", "libnot-nvrtc.so (", "FLA_CUDA_LIB_DIR", "/usr/local/cuda"] {
+        for part in ["/nowhere/libnvrtc.so.13 (", "libnot-nvrtc.so (", "FLA_CUDA_LIB_DIR", "/usr/local/cuda"]
+        {
             assert!(text.contains(part), "{part} is not in: {text}");
         }
     }

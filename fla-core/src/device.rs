@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUfunction_attribute, CUresult};
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DeviceRepr, DriverError, result};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, DeviceRepr, DriverError, result, sys,
+};
 use cudarc::nvrtc::Ptx;
 
 use crate::cache::Origin;
@@ -50,7 +52,8 @@ impl Device {
         };
         // cuInit fails without a device, and every later call fails without cuInit.
         result::init().map_err(|error| no_device(0, error))?;
-        let count = result::device::get_count().map_err(|error| Error::driver("a count of devices", error))?;
+        let count =
+            result::device::get_count().map_err(|error| Error::driver("a count of devices", error))?;
         let found = usize::try_from(count).unwrap_or(0);
         if ordinal >= found {
             return Err(no_device(found, DriverError(CUresult::CUDA_ERROR_INVALID_DEVICE)));
@@ -136,6 +139,15 @@ impl Device {
     #[must_use]
     pub fn l2_bytes(&self) -> usize {
         self.inner.l2_bytes
+    }
+
+    /// CUDA version that the driver supports, as `1000 * major + 10 * minor`; 0 when it does not say.
+    #[must_use]
+    pub fn driver_version(&self) -> u32 {
+        let mut version = 0;
+        // SAFETY: the driver is loaded, since this device is open, and `version` outlives the call.
+        let status = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+        if status == CUresult::CUDA_SUCCESS { u32::try_from(version).unwrap_or(0) } else { 0 }
     }
 
     /// Where compiled kernels are kept.

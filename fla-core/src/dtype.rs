@@ -53,7 +53,9 @@ mod sealed {
 }
 
 /// A Rust type that a kernel can read and write: `f32`, [`bf16`] or [`f16`].
-pub trait Element: sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static {
+pub trait Element:
+    sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static
+{
     /// The same type by name.
     const DTYPE: DType;
 

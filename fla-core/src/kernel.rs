@@ -64,7 +64,12 @@ pub struct Kernel<P> {
 }
 
 impl<P: Params> Kernel<P> {
-    pub(crate) fn new(function: CudaFunction, context: Arc<CudaContext>, threads: u32, smem_bytes: u32) -> Self {
+    pub(crate) fn new(
+        function: CudaFunction,
+        context: Arc<CudaContext>,
+        threads: u32,
+        smem_bytes: u32,
+    ) -> Self {
         Self { function, context, threads, smem_bytes, params: PhantomData }
     }
 
@@ -74,7 +79,8 @@ impl<P: Params> Kernel<P> {
     ///
     /// [`Error::Driver`].
     pub fn registers(&self) -> Result<u32, Error> {
-        let registers = self.function.num_regs().map_err(|error| Error::driver("a query of registers", error))?;
+        let registers =
+            self.function.num_regs().map_err(|error| Error::driver("a query of registers", error))?;
         Ok(u32::try_from(registers).unwrap_or(0))
     }
 
@@ -180,7 +186,11 @@ impl<'a> Binder<'a> {
     }
 
     /// A tensor that the kernel writes, or reads and writes.
-    pub fn write<T>(&mut self, name: &'static str, tensor: &'a mut (impl DevicePtrMut<T> + ?Sized)) -> PtrMut<T> {
+    pub fn write<T>(
+        &mut self,
+        name: &'static str,
+        tensor: &'a mut (impl DevicePtrMut<T> + ?Sized),
+    ) -> PtrMut<T> {
         let (ptr, guard) = tensor.device_ptr_mut(self.stream);
         self.guards.push(guard);
         self.check(name, ptr);

@@ -56,7 +56,9 @@ fn probe_driver_among(candidates: &[PathBuf]) -> Result<(), Error> {
     });
     let mut found: c_int = 0;
     // SAFETY: the signature is the driver's, and the function may be called before `cuInit`.
-    if let Ok(version) = unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion") } {
+    if let Ok(version) =
+        unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion") }
+    {
         // SAFETY: `found` outlives the call.
         let status = unsafe { version(&raw mut found) };
         if status != 0 {
@@ -102,7 +104,9 @@ pub(crate) fn nvrtc_candidates() -> Vec<PathBuf> {
 pub(crate) fn described_places() -> String {
     let mut places: Vec<String> =
         ["CUDA_HOME", "CUDA_PATH", "/usr/local/cuda*", "/opt/cuda"].map(String::from).into();
-    places.push("nvidia/cu13/lib and nvidia/cuda_nvrtc/lib of VIRTUAL_ENV, CONDA_PREFIX and python3 on PATH".into());
+    places.push(
+        "nvidia/cu13/lib and nvidia/cuda_nvrtc/lib of VIRTUAL_ENV, CONDA_PREFIX and python3 on PATH".into(),
+    );
     places.join(", ")
 }
 
@@ -171,6 +175,9 @@ mod tests {
     fn a_library_without_the_needed_functions_is_too_old() {
         // The C library is on the loader's path of every Linux, and has none of them.
         let error = probe_driver_among(&["libc.so.6".into()]).expect_err("it is another library");
-        assert!(matches!(error, Error::OldDriver { found: 0, missing: Some("cuLaunchKernelEx"), .. }), "{error}");
+        assert!(
+            matches!(error, Error::OldDriver { found: 0, missing: Some("cuLaunchKernelEx"), .. }),
+            "{error}"
+        );
     }
 }

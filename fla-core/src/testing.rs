@@ -8,7 +8,7 @@ mod buffer;
 mod cases;
 mod gpu;
 
-pub use bench::{Bench, Measured, Record, measure_graph, measure_stream};
+pub use bench::{Bench, Case, Replay, Samples};
 pub use buffer::{Guarded, Poison, same_bits};
 pub use cases::run_cases;
 pub use gpu::{gpu, gpu_is_required};

@@ -85,7 +85,12 @@ impl Unit {
     ///
     /// `krate` is the crate's name without `fla-`, with underscores.
     #[must_use]
-    pub const fn new<P: Params>(krate: &'static str, stem: &'static str, source: Source, threads: u32) -> Self {
+    pub const fn new<P: Params>(
+        krate: &'static str,
+        stem: &'static str,
+        source: Source,
+        threads: u32,
+    ) -> Self {
         Self {
             krate,
             stem,
@@ -192,7 +197,10 @@ impl Unit {
                 Constant::Int(x) => format!("    static constexpr int {name} = {x};"),
                 Constant::Bool(x) => format!("    static constexpr bool {name} = {x};"),
                 Constant::F32(x) => {
-                    format!("    static constexpr float {name} = __builtin_bit_cast(float, {:#010x}u);", x.to_bits())
+                    format!(
+                        "    static constexpr float {name} = __builtin_bit_cast(float, {:#010x}u);",
+                        x.to_bits()
+                    )
                 }
                 Constant::Type(x) => format!("    using {name} = {};", x.cuda_name()),
             };

@@ -1,1 +1,16 @@
 #![doc = include_str!("../README.md")]
+
+mod recurrent_fwd;
+
+pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
+
+pub use crate::recurrent_fwd::{
+    RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,
+    recurrent_fwd,
+};
+
+/// The kernels that most users run, for compiling ahead with [`Cache::warm`]: those of `fla-dplr`.
+#[must_use]
+pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
+    fla_dplr::units(arch)
+}

@@ -138,8 +138,9 @@ pub fn same_bits<T: Poison>(name: &str, first: &[T], second: &[T]) -> Result<(),
     }
     match first.iter().zip(second).position(|(a, b)| a.bits() != b.bits()) {
         None => Ok(()),
-        Some(i) => {
-            Err(format!("`{name}` is not the same twice: element {i} is {:?}, then {:?}", first[i], second[i]))
-        }
+        Some(i) => Err(format!(
+            "`{name}` is not the same twice: element {i} is {:?}, then {:?}",
+            first[i], second[i]
+        )),
     }
 }

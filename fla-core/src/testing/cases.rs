@@ -53,6 +53,9 @@ mod tests {
         };
         let panic = std::panic::catch_unwind(run).expect_err("three cases fail");
         let text = panic.downcast_ref::<String>().expect("a formatted message");
-        assert_eq!(text, "3 of 4 cases failed\ncase 2: wrong\ncase 3: panicked: broken 3\ncase 4: panicked: broken 4");
+        assert_eq!(
+            text,
+            "3 of 4 cases failed\ncase 2: wrong\ncase 3: panicked: broken 3\ncase 4: panicked: broken 4"
+        );
     }
 }
