@@ -10,10 +10,12 @@ use libloading::{Library, Symbol};
 
 use crate::{Arch, Error, Unit, library};
 
-/// Options beside the architecture. `-v` makes the assembler report registers and spills.
+/// Options beside the architecture. `-v` makes the assembler report registers and spills; `--no-cache` keeps NVRTC
+/// from asking the driver for a result of its own, since what is compiled here is cached here.
 ///
 /// No fast math: a kernel that may approximate says so in the name of the function that it calls.
-pub(crate) const OPTIONS: &[&str] = &["--std=c++20", "-default-device", "-lineinfo", "--ptxas-options=-v"];
+pub(crate) const OPTIONS: &[&str] =
+    &["--std=c++20", "-default-device", "-lineinfo", "--ptxas-options=-v", "--no-cache"];
 
 /// The oldest NVRTC whose front end is known to take the generated assertions.
 const OLDEST: Version = Version { major: 12, minor: 9 };

@@ -11,4 +11,4 @@ mod gpu;
 pub use bench::{Bench, Case, Replay, Samples};
 pub use buffer::{Guarded, Poison, same_bits};
 pub use cases::run_cases;
-pub use gpu::{gpu, gpu_is_required};
+pub use gpu::{gpu, gpu_is_required, nvrtc};

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use std::path::PathBuf;
 use std::process::Command;
 
-use fla_core::cudarc::driver::DeviceSlice;
+use fla_core::testing::{gpu, nvrtc};
 use fla_core::{
     Arch, Cache, Device, Error, Field, Grid, Params, Ptr, PtrMut, RawSlice, Source, Unit, check_len, compile,
 };
@@ -180,19 +180,6 @@ fn a_cubin_that_the_driver_refuses_is_compiled_again_once() {
     );
 }
 
-/// Whether NVRTC is there; it has to be when `FLA_REQUIRE_NVRTC` is set.
-fn nvrtc(test: &str) -> bool {
-    match compile::nvrtc_version() {
-        Ok(_) => true,
-        Err(error) => {
-            let required = std::env::var_os("FLA_REQUIRE_NVRTC").is_some_and(|value| value == "1");
-            assert!(!required, "{test} needs NVRTC, and FLA_REQUIRE_NVRTC is set: {error}");
-            eprintln!("{test}: skipped, there is no NVRTC");
-            false
-        }
-    }
-}
-
 #[test]
 fn a_warmed_folder_holds_the_entry_and_a_file_in_its_place_is_an_error() {
     if !nvrtc("a_warmed_folder_holds_the_entry_and_a_file_in_its_place_is_an_error") {
@@ -237,7 +224,7 @@ fn lengths_are_checked_by_name() {
 /// Slices, views and foreign memory on the GPU, through the same launch.
 #[test]
 fn every_kind_of_tensor_can_be_launched_on() {
-    let Some((device, stream)) = fla_core::testing::gpu("every_kind_of_tensor_can_be_launched_on") else {
+    let Some((device, stream)) = gpu("every_kind_of_tensor_can_be_launched_on") else {
         return;
     };
     let kernel = device.kernel::<DoubleParams>(&unit()).expect("compiles");
