@@ -55,11 +55,10 @@ fn probe_driver_among(candidates: &[PathBuf]) -> Result<(), Error> {
         unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err()
     });
     let mut found: c_int = 0;
-    // SAFETY: the signature is the driver's, and the function may be called before `cuInit`.
-    if let Ok(version) =
-        unsafe { library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"cuDriverGetVersion") }
-    {
-        // SAFETY: `found` outlives the call.
+    type Version = unsafe extern "C" fn(*mut c_int) -> c_int;
+    // SAFETY: the signature is the driver's.
+    if let Ok(version) = unsafe { library.get::<Version>(b"cuDriverGetVersion") } {
+        // SAFETY: the function may be called before `cuInit`, and `found` outlives the call.
         let status = unsafe { version(&raw mut found) };
         if status != 0 {
             found = 0;

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use fla_core::testing::{gpu, nvrtc};
 use fla_core::{
-    Arch, Cache, Device, Error, Field, Grid, Params, Ptr, PtrMut, RawSlice, Source, Unit, check_len, compile,
+    Arch, Cache, Device, Error, Field, Grid, Params, Ptr, PtrMut, RawSlice, Source, Unit, check_len,
 };
 
 #[repr(C)]
