@@ -184,13 +184,29 @@ fn whole(tree: &Tree, path: String) -> Vec<Place> {
     if tree.text(&path).is_some() { vec![Place { path, line: 0 }] } else { Vec::new() }
 }
 
+/// Rows of the tolerance table that name both the model and the pass; a row may be spread over lines.
 fn tolerance_rows(tree: &Tree, model: &str, wanted: &str) -> Vec<Place> {
     let path = "fla-reference/src/tolerance.rs";
     let (model, wanted) = (camel(model), camel(wanted));
-    let rows = tree.text(path).unwrap_or_default().lines().enumerate();
-    rows.filter(|(_, line)| has_words(line, &model) && has_words(line, &wanted))
-        .map(|(number, _)| Place { path: path.to_owned(), line: number + 1 })
-        .collect()
+    let mut places = Vec::new();
+    let mut row = (0, String::new());
+    let mut inside = false;
+    for (number, line) in tree.text(path).unwrap_or_default().lines().enumerate() {
+        if !inside {
+            row = (number + 1, String::new());
+        }
+        row.1 += line;
+        row.1 += "\n";
+        inside = match line.trim() {
+            "Row {" => true,
+            "}," => false,
+            _ => inside,
+        };
+        if !inside && has_words(&row.1, &model) && has_words(&row.1, &wanted) {
+            places.push(Place { path: path.to_owned(), line: row.0 });
+        }
+    }
+    places
 }
 
 #[cfg(test)]
@@ -215,7 +231,11 @@ mod tests {
                 "fla-reference/src/gated_delta.rs",
                 "//! x\npub fn chunk_fwd<F>() {}\npub fn chunk_fwd_other() {}\n",
             ),
-            ("fla-reference/src/tolerance.rs", "row(Model::GatedDelta, Pass::ChunkFwd, Bf16),\n"),
+            (
+                "fla-reference/src/tolerance.rs",
+                "Row {\n models: &[Model::Dplr],\n passes: &[Pass::ChunkFwd],\n},\n\
+                 Row {\n models: &[Model::GatedDelta],\n passes: &[Pass::ChunkFwd],\n},\n",
+            ),
         ]);
         let found = layers(&tree, "fla-gated-delta", "chunk_fwd");
         for layer in &found {
@@ -224,6 +244,8 @@ mod tests {
         }
         let symbol = found.iter().find(|layer| layer.kind == Kind::Symbol).unwrap();
         assert_eq!(symbol.name, "gated_delta_chunk_fwd_intra");
+        let row = found.iter().find(|layer| layer.kind == Kind::Tolerance).unwrap();
+        assert_eq!(row.places[0].line, 5);
         assert_eq!(symbol.places[0].to_string(), "fla-gated-delta/kernels/chunk_fwd_intra.cu:3");
     }
 

@@ -35,6 +35,10 @@ pub(super) fn versions(tree: &Tree) -> Vec<Finding> {
             findings.push(Finding::new(path, 1, "a version in a file name: history is in git"));
         }
         for (number, line) in split(text).code_lines() {
+            // A function for C has the name that C gave it.
+            if line.contains("extern \"") {
+                continue;
+            }
             for word in ["fn ", "struct ", "enum ", "trait ", "mod ", "void "] {
                 let name = line.split_once(word).map(|(_, rest)| identifier(rest)).unwrap_or_default();
                 if is_version(name) || name.ends_with("_wip") {
@@ -125,7 +129,10 @@ mod tests {
         let tree = Tree::of(&[
             ("a/kernels/wkv_v2.cu", ""),
             ("a/src/fast_wip.rs", ""),
-            ("a/src/good.rs", "// fn f_v2\nfn read_opt() {}\nlet x_v = k_v1;\n"),
+            (
+                "a/src/good.rs",
+                "// fn f_v2\nextern \"C\" fn cuFree_v2() {}\nfn read_opt() {}\nlet x_v = k_v1;\n",
+            ),
             ("a/src/x.rs", "fn f_v12() {}\nstruct S;\n"),
         ]);
         let found: Vec<String> = versions(&tree).into_iter().map(|finding| finding.path).collect();
