@@ -264,6 +264,8 @@ struct Read<F> {
     old: F,
     /// Weight of the token.
     new: F,
+    /// v - o, which is formed without a difference of what is nearly equal when the token has almost all weight
+    miss: F,
 }
 
 impl<F: Float> Channel<F> {
@@ -272,7 +274,14 @@ impl<F: Float> Channel<F> {
         let old = (state.e - m).exp();
         let new = (self.u + self.k[i] - m).exp();
         let denominator = old * state.b + new;
-        Read { o: (old * state.a + new * self.v[i]) / denominator, denominator, m, old, new }
+        Read {
+            o: (old * state.a + new * self.v[i]) / denominator,
+            denominator,
+            m,
+            old,
+            new,
+            miss: old * (state.b * self.v[i] - state.a) / denominator,
+        }
     }
 
     fn advance(&self, state: &Triple<F>, i: usize) -> Triple<F> {
@@ -364,11 +373,12 @@ fn recurrent_channel_bwd<F: Float>(x: &Channel<F>, dy: &ChannelOutputGrads<F>) -
         let read = x.read(&before, i);
         let d_numerator = dy.d_o[i] / read.denominator;
         let d_denominator = -d_numerator * read.o;
-        let d_bonus = read.new * (x.v[i] * d_numerator + d_denominator);
+        let d_bonus = read.new * d_numerator * read.miss;
         dx.du = dx.du + d_bonus;
         dx.dk[i] = dx.dk[i] + d_bonus;
         dx.dv[i] = dx.dv[i] + read.new * d_numerator;
-        d_state.e = d_state.e + read.old * (before.a * d_numerator + before.b * d_denominator);
+        // Raising both exponents alike changes nothing.
+        d_state.e = d_state.e - d_bonus;
         d_state.a = d_state.a + read.old * d_numerator;
         d_state.b = d_state.b + read.old * d_denominator;
     }
@@ -420,7 +430,7 @@ fn chunk_channel_bwd<F: Float>(
             let from_key = (x.k[i] + d_state.e).exp();
             let from_state = (before.e + x.log_decay + d_state.e).exp();
             let h = reading(row).a;
-            let d_bonus = reads[row].new * h * (x.v[i] - reads[row].o);
+            let d_bonus = reads[row].new * h * reads[row].miss;
             dx.dv[i] = from_key * d_state.a + reads[row].new * h;
             dx.dk[i] = from_key * (x.v[i] * d_state.a + d_state.b) + d_bonus;
             dx.du = dx.du + d_bonus;

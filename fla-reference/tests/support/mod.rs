@@ -72,6 +72,11 @@ pub(crate) trait Op {
     /// Inputs x whose products x * dx a chunk form subtracts from each other to form the gradient of a decay.
     const GATE_TERMS: &'static [&'static str] = &[];
 
+    /// How far two forms of the same mathematics may be apart in double precision.
+    fn same(&self) -> f64 {
+        SAME_IN_F64
+    }
+
     fn seqs(&self) -> &SeqLens;
     fn with_seqs(&self, seqs: SeqLens) -> Self;
     fn axis(&self, name: &str) -> Axis;
@@ -149,13 +154,13 @@ pub(crate) fn cancellation<O: Op>(gate: &str, x: &Tensors<f64>, dx: &Tensors<f64
 /// The chunk form gives what the recurrent form gives, outputs and gradients.
 pub(crate) fn forms_agree<O: Op>(op: &O, problem: &Problem, chunk: usize) -> Vec<String> {
     let Problem { x, dy } = problem;
-    let same = |_: &str, error| (error, SAME_IN_F64);
+    let same = |_: &str, error| (error, op.same());
     let (recurrent, chunked) = (Form::Recurrent, Form::Chunk(chunk));
     let mut failures = differences(&op.fwd(chunked, x), &op.fwd(recurrent, x), same);
     let dx = op.bwd(recurrent, x, dy);
     failures.extend(differences(&op.bwd(chunked, x, dy), &dx, |name, error| {
         let relief = if O::GATES.contains(&name) { cancellation::<O>(name, x, &dx) } else { 1.0 };
-        (relieved(error, relief), SAME_IN_F64)
+        (relieved(error, relief), op.same())
     }));
     failures
 }
@@ -248,7 +253,7 @@ pub(crate) fn packing_changes_nothing<O: Op>(op: &O, form: Form, problem: &Probl
         ys.push(alone.fwd(form, &x));
         dxs.push(alone.bwd(form, &x, &dy));
     }
-    let same = |_: &str, error| (error, SAME_IN_F64);
+    let same = |_: &str, error| (error, op.same());
     let mut failures = differences(&op.fwd(form, x), &join(op, &ys), same);
     failures.extend(differences(&op.bwd(form, x, dy), &join(op, &dxs), same));
     failures
@@ -279,11 +284,11 @@ pub(crate) fn splitting_changes_nothing<O: Op>(
     let dx_1 = first.bwd(form, &x_1, &dy_1);
 
     let whole_dx = op.bwd(form, x, dy);
-    let mut failures = differences(&join(op, &[y_1, y_2]), &op.fwd(form, x), |_, error| (error, SAME_IN_F64));
+    let mut failures = differences(&join(op, &[y_1, y_2]), &op.fwd(form, x), |_, error| (error, op.same()));
     failures.extend(differences(&join(op, &[dx_1, dx_2]), &whole_dx, |name, error| {
         let subtracts = matches!(form, Form::Chunk(_)) && O::GATES.contains(&name);
         let relief = if subtracts { cancellation::<O>(name, x, &whole_dx) } else { 1.0 };
-        (relieved(error, relief), SAME_IN_F64)
+        (relieved(error, relief), op.same())
     }));
     failures
 }
