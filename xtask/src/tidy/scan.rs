@@ -143,9 +143,9 @@ mod tests {
     }
 
     #[test]
-    fn lifetimes_and_digit_separators_open_no_literal() {
+    fn neither_lifetimes_nor_characters_open_a_string() {
         for text in
-            ["fn f<'a>(x: &'a str) { asm }", "int x = 1'000; asm", "let q = '\"'; asm", "let q = '\\''; asm"]
+            ["fn f<'a>(x: &'a str) { asm }", "int x = 1'000; asm", "let q = '\"'; asm", "let q = '\\\"'; asm"]
         {
             assert!(split(text).code.contains("asm"), "{text}");
         }
