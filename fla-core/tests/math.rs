@@ -193,9 +193,9 @@ fn check(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> Result<(), S
     let y = support::twice(|| run(device, stream, case.function, &x))?;
     let want: Vec<f64> = x.iter().map(|&x| (case.exact)(f64::from(x))).collect();
     support::within(case.name, &y[0], &want, |i| {
-        // An infinite result has to be exactly that.
-        let scale = if want[i].is_finite() { want[i].abs() } else { 0.0 };
-        (case.relative)(f64::from(x[i])) * scale + case.smallest
+        // An infinite result has to be exactly that, and so has the result of an infinite argument.
+        let exact = x[i].is_infinite() || want[i].is_infinite();
+        if exact { 0.0 } else { (case.relative)(f64::from(x[i])) * want[i].abs() + case.smallest }
     })
 }
 

@@ -96,8 +96,8 @@ fn format(dtype: DType) -> Format {
             round: |x| f32::from_bits((x.to_bits() + 0x1000) & !0x1fff),
             half_unit: half(11),
         },
-        DType::Bf16 => Format { inner: 16, round: |x| bf16::from_f32(x).to_f32(), half_unit: half(9) },
-        DType::F16 => Format { inner: 16, round: |x| f16::from_f32(x).to_f32(), half_unit: half(12) },
+        DType::Bf16 => Format { inner: 16, round: |x| bf16::from_f32(x).to_f32(), half_unit: half(8) },
+        DType::F16 => Format { inner: 16, round: |x| f16::from_f32(x).to_f32(), half_unit: half(11) },
     }
 }
 

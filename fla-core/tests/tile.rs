@@ -238,8 +238,8 @@ impl Case {
         let out = self.rows_out() * n;
         support::within("y", &y[0], &x.value[..out], |i| x.error[i])?;
 
-        // Rounding x to T: half a unit in its last place, 2^-9 or 2^-12 of it, above what x is off by itself.
-        let half_unit = if self.dtype == DType::Bf16 { 0.5f64.powi(9) } else { 0.5f64.powi(12) };
+        // Rounding x to T: half a unit in its last place, 2^-8 or 2^-11 of it, above what x is off by itself.
+        let half_unit = if self.dtype == DType::Bf16 { 0.5f64.powi(8) } else { 0.5f64.powi(11) };
         let mut z = Bounded::zeros(m * n);
         let mut w = Bounded::zeros(n * m);
         for i in 0..m {
