@@ -7,7 +7,7 @@ use fla_reference::inputs::{REGIMES, Rng};
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, Shape};
 use num_traits::Float;
-use proptest::prelude::{ProptestConfig, Strategy, any, prop, proptest};
+use proptest::prelude::{Strategy, any, prop, proptest};
 use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
@@ -362,7 +362,7 @@ fn problems() -> impl Strategy<Value = (GatedDelta, Draw, u64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
     fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {

@@ -7,7 +7,7 @@ use fla_reference::rwkv6::Direction;
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, Shape, rwkv6};
 use num_traits::Float;
-use proptest::prelude::{ProptestConfig, Strategy, any, prop, proptest};
+use proptest::prelude::{Strategy, any, prop, proptest};
 use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
@@ -186,7 +186,7 @@ fn problems() -> impl Strategy<Value = (Rwkv6, Draw, u64)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
     fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {

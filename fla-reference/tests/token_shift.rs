@@ -5,7 +5,7 @@ mod support;
 use fla_reference::inputs::{Gates, Rng};
 use fla_reference::{SeqLens, token_shift};
 use num_traits::Float;
-use proptest::prelude::{ProptestConfig, any, prop, proptest};
+use proptest::prelude::{any, prop, proptest};
 use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ fn absent_cache_is_zero() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
     fn packed_is_separate(lens in prop::collection::vec(0usize..9, 1..6), seed in any::<u64>()) {

@@ -8,6 +8,8 @@ use fla_reference::inputs::{Gates, REGIMES, Rng, round_to};
 use fla_reference::tolerance::{Backend, Class, Dtype, Key, Model, Pass, limit, relieved};
 use fla_reference::{SeqLens, compare};
 use num_traits::Float;
+use proptest::prelude::ProptestConfig;
+use proptest::test_runner::RngSeed;
 
 /// Tensors by name. Gradients carry the name of what they are the gradient of.
 pub(crate) type Tensors<F> = BTreeMap<&'static str, Vec<F>>;
@@ -168,26 +170,35 @@ pub(crate) fn forms_agree<O: Op>(op: &O, problem: &Problem, chunk: usize) -> Vec
 /// Gradients are those of the loss `sum y * dy`, by central differences of the recurrent forward pass.
 pub(crate) fn gradients_hold<O: Op>(op: &O, form: Form, problem: &Problem) -> Vec<String> {
     let Problem { x, dy } = problem;
+    let want = central_differences(problem, |x| op.fwd(Form::Recurrent, x));
+    differences(&op.bwd(form, x, dy), &want, |_, error| (error, DIFFERENCES))
+}
+
+/// Gradients of the loss `sum y * dy` with respect to every element of every input.
+pub(crate) fn central_differences(
+    problem: &Problem,
+    fwd: impl Fn(&Tensors<f64>) -> Tensors<f64>,
+) -> Tensors<f64> {
+    let Problem { x, dy } = problem;
     let loss = |x: &Tensors<f64>| -> f64 {
-        let y = op.fwd(Form::Recurrent, x);
+        let y = fwd(x);
         dy.iter().map(|(name, dy)| dy.iter().zip(&y[name]).map(|(dy, y)| dy * y).sum::<f64>()).sum()
     };
-    let got = op.bwd(form, x, dy);
-    let mut want = Tensors::new();
+    let mut dx = Tensors::new();
     let mut moved = x.clone();
     for (&name, x) in x {
-        let mut dx = Vec::with_capacity(x.len());
+        let mut slopes = Vec::with_capacity(x.len());
         for (i, &middle) in x.iter().enumerate() {
             let mut loss_at = |at: f64| {
                 moved.get_mut(name).unwrap()[i] = at;
                 loss(&moved)
             };
-            dx.push((loss_at(middle + STEP) - loss_at(middle - STEP)) / (2.0 * STEP));
+            slopes.push((loss_at(middle + STEP) - loss_at(middle - STEP)) / (2.0 * STEP));
             loss_at(middle);
         }
-        want.insert(name, dx);
+        dx.insert(name, slopes);
     }
-    differences(&got, &want, |_, error| (error, DIFFERENCES))
+    dx
 }
 
 /// Computing in f32 stays within the limits of the table of the same in f64, on inputs that are exact in f32.
@@ -402,4 +413,14 @@ pub(crate) fn absent_states_are_zero<O: Op>(op: &O, forms: &[Form]) {
 pub(crate) fn f32_limit(model: Model) -> f64 {
     let (backend, pass) = (Backend::Reference, Pass::RecurrentFwd);
     limit(Key { backend, model, pass, dtype: Dtype::F32, class: Class::Output }).unwrap()
+}
+
+/// Shapes nobody thought of, the same ones on every run, so that a failure can be looked at again.
+pub(crate) fn shapes_nobody_thought_of() -> ProptestConfig {
+    ProptestConfig {
+        cases: 96,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(1),
+        ..ProptestConfig::default()
+    }
 }
