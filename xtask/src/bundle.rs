@@ -171,10 +171,15 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
-    let entries = fs::read_dir(from).map_err(|source| format!("cannot read {}: {source}", from.display()))?;
-    for entry in entries {
+    let mut entries =
+        fs::read_dir(from).map_err(|source| format!("cannot read {}: {source}", from.display()))?;
+    let copied = entries.try_fold(0, |copied, entry| -> Result<usize> {
         let entry = entry?;
         copy(&entry.path(), &to.join(entry.file_name()))?;
+        Ok(copied + 1)
+    })?;
+    if copied == 0 {
+        return Err(format!("there is nothing in {}", from.display()).into());
     }
     Ok(())
 }

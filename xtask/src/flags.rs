@@ -41,7 +41,7 @@ pub(crate) enum Command {
 /// Runs cargo in a checkout, and the executables that lie beside it in a bundle.
 #[derive(Debug, Args)]
 pub(crate) struct TestGpuArgs {
-    /// Run only the tests whose name contains this; the conformance cases are then left out.
+    /// Run only the files of tests whose name contains this, or else the tests; the conformance cases are left out.
     pub(crate) filter: Option<String>,
 }
 

@@ -20,7 +20,7 @@ const WHEELS: &[&str] = &["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-nvdisasm==1
 const FOLDER: &str = "target/cuda";
 
 /// The NVRTC that kernels are compiled with.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Toolchain {
     /// The value of `FLA_CUDA_LIB_DIR` that finds it; absent when it is found without.
     lib_dir: Option<PathBuf>,
