@@ -301,6 +301,7 @@ mod tests {
     fn a_folder_with_other_files_is_left_alone() {
         let out = std::env::temp_dir().join(format!("xtask-bundle-{}", std::process::id()));
         fs::create_dir_all(&out).unwrap();
+        clear(&out).unwrap();
         let file = out.join("file");
         fs::write(&file, "12345").unwrap();
         assert!(clear(&out).is_err());
