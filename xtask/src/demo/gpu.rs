@@ -1,0 +1,190 @@
+//! The demo's operators on the GPU: the state stays on the device from one segment to the next.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use fla_core::{Cache, Device, SeqLens, Shape};
+
+use super::memory::{HEADS, K, Segment, V};
+use super::operators::{DeltaInputs, GpuStart};
+use crate::Result;
+
+/// A device, and the stream that everything runs on.
+#[derive(Clone)]
+pub(super) struct Gpu {
+    device: Device,
+    stream: Arc<CudaStream>,
+}
+
+/// What a pass over a segment returned, and how long the device took.
+pub(super) struct GpuStep {
+    /// `[T, H, V]`  what the memory returned.
+    pub(super) o: Vec<f32>,
+    /// From the launch to the end of the pass, without the copies of inputs and outputs.
+    pub(super) seconds: f64,
+}
+
+/// An operator on the GPU, with its state.
+pub(super) trait GpuMemory {
+    /// Reads a segment, and goes on from the state that the one before left.
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep>;
+}
+
+/// How long the first call of an operator takes, in milliseconds.
+pub(super) struct FirstCall {
+    /// With an empty kernel cache: the kernel is compiled.
+    pub(super) cold_ms: f64,
+    /// In a new process with a filled cache: the kernel is loaded from disk.
+    pub(super) warm_ms: f64,
+}
+
+impl Gpu {
+    /// Opens the first device.
+    pub(super) fn open() -> Result<Gpu> {
+        let device = Device::new(0)?;
+        let stream = device.context().new_stream()?;
+        Ok(Gpu { device, stream })
+    }
+
+    /// The name and the architecture of the device.
+    pub(super) fn describe(&self) -> Result<String> {
+        Ok(format!("{}, {}", self.device.context().name()?, self.device.arch()))
+    }
+
+    /// Times the first plan and the first pass over `segment`, with an empty kernel cache and with a filled one.
+    pub(super) fn first_call(&self, start: GpuStart, segment: &Segment<'_>) -> Result<FirstCall> {
+        let folder = std::env::temp_dir().join(format!("fla-demo-cache-{}", std::process::id()));
+        // Each gets a device that has loaded no kernel yet.
+        let call = || -> Result<f64> {
+            let device = self.device.with_cache(Cache::at(&folder));
+            let gpu = Gpu { device, stream: self.stream.clone() };
+            let begin = Instant::now();
+            start(&gpu)?.read(segment)?;
+            Ok(1e3 * begin.elapsed().as_secs_f64())
+        };
+        let times = call().and_then(|cold_ms| Ok(FirstCall { cold_ms, warm_ms: call()? }));
+        // Whatever was timed, the folder was only for that; if it stays, it lies in the folder for such things.
+        let _ = std::fs::remove_dir_all(&folder);
+        times
+    }
+
+    fn upload(&self, values: &[f32]) -> Result<CudaSlice<f32>> {
+        Ok(self.stream.clone_htod(values)?)
+    }
+}
+
+fn shape(t: usize) -> Shape {
+    Shape { seqs: SeqLens::dense(1, t), h: HEADS.len(), k: K, v: V }
+}
+
+/// The six tensors of a delta rule, on the device.
+struct Uploaded {
+    q: CudaSlice<f32>,
+    k: CudaSlice<f32>,
+    v: CudaSlice<f32>,
+    a: CudaSlice<f32>,
+    b: CudaSlice<f32>,
+    g: CudaSlice<f32>,
+}
+
+impl Uploaded {
+    fn new(gpu: &Gpu, x: &DeltaInputs<'_>) -> Result<Uploaded> {
+        Ok(Uploaded {
+            q: gpu.upload(x.q)?,
+            k: gpu.upload(x.k)?,
+            v: gpu.upload(x.v)?,
+            a: gpu.upload(&x.a)?,
+            b: gpu.upload(&x.b)?,
+            g: gpu.upload(&x.g)?,
+        })
+    }
+}
+
+/// What every operator with a matrix state keeps between segments.
+struct Resident {
+    gpu: Gpu,
+    state: Option<CudaSlice<f32>>,
+}
+
+impl Resident {
+    fn initial_state(&self) -> Option<&dyn DevicePtr<f32>> {
+        self.state.as_ref().map(|state| state as &dyn DevicePtr<f32>)
+    }
+
+    /// Allocates the outputs of a pass, times it, and keeps the state.
+    fn step(
+        &mut self,
+        t: usize,
+        run: impl FnOnce(&Resident, &mut CudaSlice<f32>, &mut CudaSlice<f32>) -> Result<()>,
+    ) -> Result<GpuStep> {
+        let (device, stream) = (&self.gpu.device, self.gpu.stream.clone());
+        let mut o = device.alloc(&stream, shape(t).v_len())?;
+        let mut state = device.alloc(&stream, shape(t).state_len())?;
+        stream.synchronize()?;
+        let begin = Instant::now();
+        run(self, &mut o, &mut state)?;
+        stream.synchronize()?;
+        let seconds = begin.elapsed().as_secs_f64();
+        self.state = Some(state);
+        Ok(GpuStep { o: stream.clone_dtoh(&o)?, seconds })
+    }
+}
+
+/// Starts RWKV-7.
+pub(super) fn rwkv7(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(Rwkv7(Resident { gpu: gpu.clone(), state: None })))
+}
+
+struct Rwkv7(Resident);
+
+impl GpuMemory for Rwkv7 {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let x = Uploaded::new(&gpu, &DeltaInputs::rwkv7(segment))?;
+        let options = fla_rwkv7::RecurrentFwdOptions::new();
+        let plan = fla_rwkv7::RecurrentFwd::<f32>::new(&gpu.device, &shape(segment.t()), &options)?;
+        self.0.step(segment.t(), |resident, o, final_state| {
+            let x = fla_rwkv7::RecurrentFwdInputs {
+                r: &x.q,
+                w: &x.g,
+                k: &x.k,
+                v: &x.v,
+                a: &x.a,
+                b: &x.b,
+                initial_state: resident.initial_state(),
+            };
+            let mut y = fla_rwkv7::RecurrentFwdOutputs { o, final_state: Some(final_state) };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
+
+/// Starts DPLR.
+pub(super) fn dplr(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(Dplr(Resident { gpu: gpu.clone(), state: None })))
+}
+
+struct Dplr(Resident);
+
+impl GpuMemory for Dplr {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let x = Uploaded::new(&gpu, &DeltaInputs::dplr(segment))?;
+        let options = fla_dplr::RecurrentFwdOptions::new(1.0);
+        let plan = fla_dplr::RecurrentFwd::<f32>::new(&gpu.device, &shape(segment.t()), &options)?;
+        self.0.step(segment.t(), |resident, o, final_state| {
+            let x = fla_dplr::RecurrentFwdInputs {
+                q: &x.q,
+                k: &x.k,
+                v: &x.v,
+                a: &x.a,
+                b: &x.b,
+                g: &x.g,
+                initial_state: resident.initial_state(),
+            };
+            let mut y = fla_dplr::RecurrentFwdOutputs { o, final_state: Some(final_state) };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
