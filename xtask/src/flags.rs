@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::conformance::ConformanceArgs;
+use crate::demo::DemoArgs;
+
 use crate::kernels::ARCHS;
 
 /// The commands of this workspace.
@@ -19,6 +22,7 @@ pub(crate) struct Flags {
 /// What can be asked for, in the order in which a newcomer meets it.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    Demo(DemoArgs),
     /// Check everything that needs no GPU, and the GPU tests when there is one.
     ///
     /// Format, house rules, clippy, documentation, every kernel compiled for every architecture, tests, the conformance
@@ -26,6 +30,7 @@ pub(crate) enum Command {
     /// is fetched from PyPI into `target/cuda` when no CUDA toolkit is found.
     Test,
     TestGpu(TestGpuArgs),
+    Conformance(ConformanceArgs),
     Kernels(KernelsArgs),
     /// Check the house rules that a program can check, and print `path:line: message`.
     ///

@@ -7,6 +7,8 @@ use clap::Parser;
 use crate::flags::{Command, Flags};
 
 mod bundle;
+mod conformance;
+mod demo;
 mod find;
 mod flags;
 mod home;
@@ -38,8 +40,10 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<bool> {
     match command {
+        Command::Demo(args) => demo::run(&args),
         Command::Test => test::run(),
         Command::TestGpu(args) => test_gpu::run(&args),
+        Command::Conformance(args) => conformance::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Tidy => tidy::run(),
         Command::Find(args) => find::run(&args),
