@@ -76,14 +76,15 @@ impl Scorer {
                 *logit += weight * evidence;
             }
         }
-        let best = (0..256).fold(0, |best, c| if logits[c] > logits[best] { c } else { best });
-        let largest = logits[best];
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        // Several bytes with the largest logit are no prediction: a memory that knows nothing predicts nothing.
+        let hit = logits[byte] == largest && logits.iter().filter(|logit| **logit == largest).count() == 1;
         let mut probabilities = logits.map(|logit| (logit - largest).exp());
         let sum: f32 = probabilities.iter().sum();
         for probability in &mut probabilities {
             *probability /= sum;
         }
-        self.score.add(best == byte, f64::from(probabilities[byte]).max(f64::MIN_POSITIVE));
+        self.score.add(hit, f64::from(probabilities[byte]).max(f64::MIN_POSITIVE));
 
         for (evidence, weight) in self.evidence.chunks_exact(256).zip(&mut self.weights) {
             let expected: f32 = evidence.iter().zip(&probabilities).map(|(e, p)| e * p).sum();
@@ -122,7 +123,7 @@ mod tests {
     #[test]
     fn a_memory_that_knows_nothing_costs_eight_bits() {
         let mut scorer = Scorer::new(2);
-        for byte in 1..=100 {
+        for byte in 0..100 {
             scorer.observe(&[0.0; 2 * V], byte);
         }
         assert!((scorer.score.bits_per_byte() - 8.0).abs() < 1e-6);
