@@ -311,8 +311,8 @@ pub fn chunk_fwd<F: Float>(shape: &Shape, x: &Inputs<F>, options: &Options<F>) -
 
 /// Gradients of the chunk form, last chunk first.
 ///
-/// With dS the gradient of the state after the chunk, the names of [`chunk_fwd`], M = tril((q_i . k_j) E(i, j)) and G the
-/// sum of the log decays from the start of the chunk:
+/// With dS the gradient of the state after the chunk, the names of [`chunk_fwd`], M = tril((q_i . k_j) E(i, j)) and G
+/// the sum of the log decays from the start of the chunk:
 ///
 /// ```text
 /// dn = scale M^T do + (k E) dS                 dw = -dn S^T

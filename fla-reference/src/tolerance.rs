@@ -153,8 +153,8 @@ const CLASSES: &[Class] = &[Class::Output, Class::FinalState, Class::Grad, Class
 
 /// In order of narrowness: the first row that holds the key decides.
 const ROWS: &[Row] = &[
-    // f64 carries 1.1e-16 per operation and the cases have at most 128 tokens. Worst seen against f64 expectations 3.2e-14
-    // (rwkv4, large keys, chunks of 64), 61 conformance cases, chunks of 1, 7, 16 and 64.
+    // f64 carries 1.1e-16 per operation and the cases have at most 128 tokens. Worst seen against f64 expectations
+    // 3.2e-14 (rwkv4, large keys, chunks of 64), 61 conformance cases, chunks of 1, 7, 16 and 64.
     Row {
         backend: Backend::Reference,
         models: MODELS,
@@ -163,8 +163,8 @@ const ROWS: &[Row] = &[
         classes: CLASSES,
         limit: 1e-9,
     },
-    // Exponents of RWKV-4's sums are as large as keys and decays over a whole chunk together, so in f32 a weight carries
-    // 6.0e-8 times that: 6e-5 at 1000. Worst seen 3.1e-5, keys with deviation 20, chunks of 64.
+    // Exponents of RWKV-4's sums are as large as keys and decays over a whole chunk together, so in f32 a weight
+    // carries 6.0e-8 times that: 6e-5 at 1000. Worst seen 3.1e-5, keys with deviation 20, chunks of 64.
     Row {
         backend: Backend::Reference,
         models: &[Model::Rwkv4],
