@@ -28,6 +28,9 @@ fn table(tree: &Tree, stem: &str) -> String {
         if !layers.iter().any(own) {
             continue;
         }
+        // A building block of the core has no pass; what a model lacks is worth a line.
+        let layers: Vec<Layer> =
+            layers.into_iter().filter(|layer| folder != "fla-core" || !layer.places.is_empty()).collect();
         text += &format!("{folder}\n");
         let width = layers.iter().map(|layer| layer.name.len()).max().unwrap_or(0);
         for layer in &layers {
@@ -42,6 +45,12 @@ fn table(tree: &Tree, stem: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_core_is_not_asked_for_what_only_a_pass_has() {
+        let tree = Tree::of(&[("fla-core/Cargo.toml", ""), ("fla-core/kernels/mma.cuh", "")]);
+        assert_eq!(table(&tree, "mma"), "fla-core\n  CUDA header   mma.cuh  fla-core/kernels/mma.cuh\n");
+    }
 
     #[test]
     fn the_table_names_the_line_and_skips_crates_without_the_stem() {
