@@ -44,7 +44,7 @@ impl Grid {
 
     /// Lets the launch start while the one before it in the stream still runs (sm_90 and later).
     ///
-    /// Only for kernels that call `grid_dependency_wait` before they touch memory: that waits until the launch
+    /// Only for kernels that call `griddepcontrol_wait` before they touch memory: that waits until the launch
     /// before has ended and its writes are visible, so results do not change.
     #[must_use]
     pub const fn with_dependent_launch(mut self, allowed: bool) -> Self {

@@ -8,7 +8,6 @@
 // Launch     grid ceil(N * H * ceil(V / BV) / WARPS), block 32 * WARPS: a warp owns BV columns of one state
 // FLA        fused_recurrent_dplr_delta_rule
 #pragma once
-#include <fla/core/barrier.cuh>
 #include <fla/core/copy.cuh>
 #include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
@@ -43,7 +42,6 @@ concept RecurrentFwdConfig = requires {
     Cfg::WARPS;       // warps of a block
     Cfg::ONE_TOKEN;   // every sequence has exactly one token
     Cfg::PREFETCH;    // load the next token's vectors while this one's are used
-    Cfg::DEPENDENT;   // the launch may start before the one ahead of it has ended
 };
 
 // The widest access, in elements, that keeps every row of `row` elements aligned when the first one is.
@@ -85,17 +83,12 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
     constexpr int V_ACCESS = min(access_elems<Element>(V), COLS);
     constexpr int STATE_ACCESS = access_elems<float>(V);
 
-    if constexpr (Cfg::DEPENDENT) {
-        griddepcontrol_launch_dependents();
-        griddepcontrol_wait();  // what the launch before has written is visible
-    }
-
     // Slices of one head are neighbours, so that a block reads whole rows of a state.
-    const i64 i_slice = i64(blockIdx.x) * Cfg::WARPS + threadIdx.x / 32;
-    const int i_v = int(i_slice % ceil_div(V, BV));
-    const i64 i_nh = i_slice / ceil_div(V, BV);
-    const i64 i_n = i_nh / p.h;
-    const int i_h = int(i_nh % p.h);
+    const u32 i_slice = blockIdx.x * Cfg::WARPS + threadIdx.x / 32;  // the host keeps it below 2^31
+    const int i_v = i_slice % ceil_div(V, BV);
+    const u32 i_nh = i_slice / ceil_div(V, BV);
+    const u32 i_n = i_nh / u32(p.h);
+    const u32 i_h = i_nh % u32(p.h);
     if (i_n >= p.n) return;
 
     const int row0 = lane_id() / LANES_V * BK;
@@ -103,21 +96,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
     // Rows and columns of this lane that exist; may be more than it has, or none.
     const int rows = BK * LANES_K == K ? BK : K - row0;
     const int cols = V % BV == 0 ? COLS : V - col0;
-    const i64 state0 = (i_nh * K + row0) * V + col0;
-
-    float r_state[BK][COLS];  // [BK, COLS] of [K, V]
-    #pragma unroll
-    for (int i = 0; i < BK; ++i) {
-        #pragma unroll
-        for (int j = 0; j < COLS; j += STATE_ACCESS) {
-            Vec<float, STATE_ACCESS> piece = {};
-            if (p.initial_state != nullptr && i < rows && j < cols) {
-                piece = load_stream<STATE_ACCESS>(p.initial_state + state0 + i64(i) * V + j);
-            }
-            #pragma unroll
-            for (int c = 0; c < STATE_ACCESS; ++c) r_state[i][j + c] = piece.at[c];
-        }
-    }
+    const i64 state0 = (i64(i_nh) * K + row0) * V + col0;
 
     i64 bos = i_n * p.t, eos = bos + p.t;
     if (p.cu_seqlens != nullptr) {
@@ -137,6 +116,24 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
         load_masked<V_ACCESS>(x.v, p.v + row * V + col0, cols);
         return x;
     };
+    // Asked for before the state, which is much larger and would keep it waiting.
+    Token<Element, BK, COLS> next = {};
+    if (Cfg::ONE_TOKEN || (Cfg::PREFETCH && bos < eos)) next = load_token(bos);
+
+    float r_state[BK][COLS];  // [BK, COLS] of [K, V]
+    #pragma unroll
+    for (int i = 0; i < BK; ++i) {
+        #pragma unroll
+        for (int j = 0; j < COLS; j += STATE_ACCESS) {
+            Vec<float, STATE_ACCESS> piece = {};
+            if (p.initial_state != nullptr && i < rows && j < cols) {
+                piece = load_stream<STATE_ACCESS>(p.initial_state + state0 + i64(i) * V + j);
+            }
+            #pragma unroll
+            for (int c = 0; c < STATE_ACCESS; ++c) r_state[i][j + c] = piece.at[c];
+        }
+    }
+
     const auto step = [&](i64 i_t, const Token<Element, BK, COLS>& x) {
         // (1)
         float r_r[COLS] = {};
@@ -174,16 +171,15 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
     };
 
     if constexpr (Cfg::ONE_TOKEN) {
-        step(bos, load_token(bos));
-    } else if constexpr (!Cfg::PREFETCH) {
-        for (i64 i_t = bos; i_t < eos; ++i_t) step(i_t, load_token(i_t));
-    } else if (bos < eos) {
-        Token<Element, BK, COLS> next = load_token(bos);
+        step(bos, next);
+    } else if constexpr (Cfg::PREFETCH) {
         for (i64 i_t = bos; i_t < eos; ++i_t) {
             const Token<Element, BK, COLS> x = next;
             if (i_t + 1 < eos) next = load_token(i_t + 1);
             step(i_t, x);
         }
+    } else {
+        for (i64 i_t = bos; i_t < eos; ++i_t) step(i_t, load_token(i_t));
     }
 
     if (p.final_state != nullptr) {

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit, check_len,
+    Arch, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit,
+    check_len,
 };
 use half::{bf16, f16};
 
-use crate::config::RecurrentFwdConfig;
+use crate::config::{RecurrentFwdConfig, RecurrentFwdVariant};
 
 /// Largest K and V: a warp holds whole columns of the state in registers.
 const MAX_K: usize = 256;
@@ -125,21 +126,22 @@ impl<T: Element> RecurrentFwd<T> {
         if !scale.is_finite() {
             return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
         }
-        let config = RecurrentFwdConfig::new(shape.k);
         let one_token = shape.seqs.cu_seqlens().is_none() && shape.seqs.t() == 1;
-        let dependent = device.arch().has_tma();
-        tracing::debug!(?config, one_token, dependent, k = shape.k, v = shape.v, "dplr recurrent_fwd");
-        let kernel = device.kernel(&unit::<T>(device.arch(), shape.k, shape.v, one_token))?;
+        let variant =
+            RecurrentFwdVariant { arch: device.arch(), dtype: T::DTYPE, k: shape.k, v: shape.v, one_token };
+        let config = variant.choose(shape.seqs.n().saturating_mul(shape.h), device.sm_count());
+        tracing::debug!(?variant, ?config, "dplr recurrent_fwd");
+        let kernel = device.kernel(&unit::<T>(&variant, &config))?;
 
-        // A warp takes BV columns of one state; blocks lie along x, which takes 2^31 - 1.
-        let slices = shape.v.div_ceil(4 * config.lanes_v as usize);
+        // A warp takes BV columns of one state. The kernel counts warps in 32 bits.
+        let slices = shape.v.div_ceil(4 * config.lanes_v);
         let warps = shape.seqs.n().saturating_mul(shape.h).saturating_mul(slices);
-        let blocks = warps.div_ceil(config.warps as usize);
-        let grid = match i32::try_from(blocks) {
+        let grid = match u32::try_from(warps) {
             Ok(0) => None,
-            Ok(blocks) => Some(Grid::x(blocks as u32).with_dependent_launch(dependent)),
-            Err(_) => {
-                let wanted = format!("such that its states need at most {} blocks", i32::MAX);
+            Ok(warps) if warps <= i32::MAX as u32 => Some(Grid::x(warps.div_ceil(config.warps as u32))),
+            _ => {
+                let wanted =
+                    format!("such that N * H * ceil(V / {}) is at most {}", 4 * config.lanes_v, i32::MAX);
                 return Err(Error::Dim { dim: "N", wanted, got: shape.seqs.n() });
             }
         };
@@ -222,25 +224,31 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
         for one_token in [true, false] {
-            out.push(unit::<f32>(arch, k, v, one_token));
-            out.push(unit::<bf16>(arch, k, v, one_token));
-            out.push(unit::<f16>(arch, k, v, one_token));
+            let variant = RecurrentFwdVariant { arch, dtype: DType::F32, k, v, one_token };
+            out.extend(all_units::<f32>(&variant));
+            out.extend(all_units::<bf16>(&variant));
+            out.extend(all_units::<f16>(&variant));
         }
     }
     out
 }
 
-fn unit<T: Element>(arch: Arch, k: usize, v: usize, one_token: bool) -> Unit {
-    let config = RecurrentFwdConfig::new(k);
+fn all_units<T: Element>(variant: &RecurrentFwdVariant) -> impl Iterator<Item = Unit> {
+    let variant = RecurrentFwdVariant { dtype: T::DTYPE, ..*variant };
+    variant.all().collect::<Vec<_>>().into_iter().map(move |config| unit::<T>(&variant, &config))
+}
+
+fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) -> Unit {
+    // All of these are below 2^31: `new` has checked K and V.
     Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
+        .with_min_blocks(config.min_blocks)
         .with("Element", T::DTYPE)
-        .with("K", k as i32)
-        .with("V", v as i32)
-        .with("LANES_V", config.lanes_v)
-        .with("WARPS", config.warps)
-        .with("ONE_TOKEN", one_token)
+        .with("K", variant.k as i32)
+        .with("V", variant.v as i32)
+        .with("LANES_V", config.lanes_v as i32)
+        .with("WARPS", config.warps as i32)
+        .with("ONE_TOKEN", variant.one_token)
         .with("PREFETCH", config.prefetch)
-        .with("DEPENDENT", arch.has_tma())
 }
 
 /// Twin of `fla::dplr::RecurrentFwdParams`.
