@@ -292,6 +292,16 @@ pub(super) mod tests {
         ("dx", &[1, 2, 3], X),
     ];
 
+    impl Case {
+        /// The case with another first value of an input.
+        pub(in crate::conformance) fn with_first(mut self, name: &str, value: f64) -> Case {
+            if let Some(first) = self.tensors.get_mut(name).and_then(|tensor| tensor.values.first_mut()) {
+                *first = value;
+            }
+            self
+        }
+    }
+
     fn error(metadata: &[(&str, &str)], tensors: &[(&str, &[usize], &[f32])]) -> String {
         Case::parse("case".into(), &file(metadata, tensors)).expect_err("an invalid case")
     }
@@ -346,17 +356,12 @@ pub(super) mod tests {
 
     #[test]
     fn rounding_says_whether_it_changed_anything() {
-        let mut case = Case::parse("case".into(), &file(METADATA, TENSORS)).expect("a valid case");
+        let case = Case::parse("case".into(), &file(METADATA, TENSORS)).expect("a valid case");
         assert!(matches!(case.rounded(Dtype::Bf16), Rounding::Exact));
-        let set = |case: &mut Case, x: f64| {
-            if let Some(tensor) = case.tensors.get_mut("x") {
-                tensor.values[0] = x;
-            }
-        };
-        set(&mut case, 1.0 + 2f64.powi(-10));
+        let case = case.with_first("x", 1.0 + 2f64.powi(-10));
         assert!(matches!(case.rounded(Dtype::F16), Rounding::Exact));
         assert!(matches!(case.rounded(Dtype::Bf16), Rounding::Changed(_)));
-        set(&mut case, -1e38);
+        let case = case.with_first("x", -1e38);
         assert!(matches!(case.rounded(Dtype::F16), Rounding::Overflow("x")));
     }
 }

@@ -111,6 +111,22 @@ impl<'a> Report<'a> {
         Ok(())
     }
 
+    /// Prints that a unit could not be computed although it should, and counts it as failed.
+    pub(super) fn broken(&mut self, unit: Unit<'_>, error: &str) -> Result<()> {
+        let Unit { case, backend, pass, dtype } = unit;
+        self.failures.push(format!("{case} {backend} {pass} {dtype}: not computed"));
+        self.rows.push(json!({
+            "case": case,
+            "backend": backend,
+            "pass": pass,
+            "dtype": dtype,
+            "ok": false,
+            "error": error,
+        }));
+        let lead = self.lead(unit);
+        Ok(writeln!(self.out, "{lead}FAIL  {error}")?)
+    }
+
     /// Prints why a unit, or the gradients of one, did not run, and counts that.
     pub(super) fn skipped(&mut self, unit: Unit<'_>, reason: &str) -> Result<()> {
         self.skips.push(json!({
@@ -192,6 +208,19 @@ mod tests {
         assert_eq!(text.lines().last(), Some("1 passed, 1 failed, 1 skipped"));
         assert!(text.contains("failed: dplr-01 gpu chunk bf16: dgk dgk"), "{text}");
         assert!(text.contains("skipped: there is none"), "{text}");
+    }
+
+    #[test]
+    fn a_unit_that_could_not_be_computed_has_failed() {
+        let mut out = Vec::new();
+        let mut report = Report::new(&mut out, 7);
+        report.compared(UNIT, &[row(true)]).expect("written");
+        report.broken(UNIT, "out of memory").expect("written");
+        assert!(!report.finish().expect("no file is unusable"));
+        assert_eq!(report.json()["rows"][1]["error"], "out of memory");
+        let text = String::from_utf8(out).expect("text");
+        assert!(text.contains("FAIL  out of memory"), "{text}");
+        assert_eq!(text.lines().last(), Some("1 passed, 1 failed, 0 skipped"));
     }
 
     #[test]
