@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use fla_core::testing::gpu_is_required;
 use fla_reference::compare::relative_rms;
 use fla_reference::tolerance::{self, Backend, Class, Dtype, Key, Pass};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -60,6 +61,9 @@ pub(crate) fn run(args: &DemoArgs) -> Result<bool> {
         Ok(gpu) => {
             println!("Running on the GPU: {}.", gpu.describe()?);
             Some(gpu)
+        }
+        Err(error) if !args.cpu && gpu_is_required() => {
+            return Err(format!("a GPU is required, but there is none: {error}").into());
         }
         Err(reason) => {
             let reason = reason.to_string();
@@ -284,14 +288,17 @@ fn print_table(found: &Found, on_gpu: bool) {
 fn print_legend(found: &Found, on_gpu: bool) {
     let contexts: Vec<String> = HEADS.iter().map(|head| head.context.to_string()).collect();
     println!(
-        "\nEach operator is a memory of {} heads with K = {K} and V = {V}, in f32. The key of a",
+        "\nEach operator is a memory of {} heads with K = {K} and V = {V}, in f32. The key of a head is the",
         HEADS.len()
     );
-    println!("head is the hash of the last {} bytes, the value a code of the byte that", contexts.join(", "));
     println!(
-        "follows. A byte is predicted before it is written. Tokens per second count the operator alone,"
+        "hash of the last {} bytes; the value is a code of the byte that follows. Each",
+        contexts.join(", ")
     );
-    println!("without making keys and decoding answers.");
+    println!(
+        "byte is predicted before it is written. Tokens per second count the operator alone, without the"
+    );
+    println!("making of keys and the decoding of answers.");
     for reader in &found.readers {
         println!("  {:<12} {}", reader.operator.name, reader.operator.does);
     }

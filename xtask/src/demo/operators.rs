@@ -93,7 +93,7 @@ pub(super) const OPERATORS: &[Operator] = &[
     },
     Operator {
         name: "RWKV-4",
-        does: "has no keys: averages over time; here a bucket of channels for every few last bytes",
+        does: "has no keys: averages over time; here the last byte chooses the channels to write and to read",
         model: Model::Rwkv4,
         answer: Answer::AllBuckets,
         cpu: rwkv4,
