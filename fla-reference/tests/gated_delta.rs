@@ -3,12 +3,12 @@
 mod support;
 
 use fla_reference::gated_delta::{self, Beta, BetaMap, Gate, QkNorm};
-use fla_reference::inputs::{REGIMES, Rng};
+use fla_reference::inputs::{Gates, Rng};
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, Shape};
 use num_traits::Float;
 use proptest::prelude::{Strategy, any, prop, proptest};
-use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
+use support::{Axis, Draw, Form, Keys, Op, Problem, Random, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
 struct GatedDelta {
@@ -279,7 +279,7 @@ fn f32_stays_near_f64() {
 #[test]
 fn grouped_heads_are_repeated_queries_and_keys() {
     let (grouped, t) = (plain().with_seqs(dense(1, 9)), 9);
-    let problem = Problem::new(&grouped, Draw { gates: REGIMES[6], keys: Keys::Random }, 1);
+    let problem = Problem::new(&grouped, Draw { gates: Gates::LogSigmoid, keys: Keys::Random }, 1);
     let all = GatedDelta { shape: Shape { h: 4, ..grouped.shape.clone() }, ..grouped.clone() };
     let repeated = |x: &[f64]| -> Vec<f64> { x.chunks(4).flat_map(|row| [row, row].concat()).collect() };
     let mut x = problem.x.clone();
@@ -307,7 +307,7 @@ fn grouped_heads_are_repeated_queries_and_keys() {
 #[test]
 fn equal_gates_and_strengths_per_channel_are_one_per_head() {
     let (op, t) = (plain().with_seqs(dense(1, 9)), 9);
-    let x = op.random(&mut Rng::new(1), Draw { gates: REGIMES[6], keys: Keys::Random });
+    let x = op.random(&mut Rng::new(1), Draw { gates: Gates::LogSigmoid, keys: Keys::Random });
     let y = op.fwd(Form::Recurrent, &x);
     let spread = |name: &str, width: usize| -> Vec<f64> {
         x[name].iter().flat_map(|&x| std::iter::repeat_n(x, width)).collect()
@@ -338,7 +338,7 @@ fn extreme_logits_stay_finite() {
         norm: QkNorm::L2,
         ..plain().with_seqs(dense(1, 33))
     };
-    let mut problem = Problem::new(&op, Draw { gates: REGIMES[6], keys: Keys::Random }, 1);
+    let mut problem = Problem::new(&op, Draw { gates: Gates::LogSigmoid, keys: Keys::Random }, 1);
     for name in ["g", "beta"] {
         for (i, x) in problem.x.get_mut(name).unwrap().iter_mut().enumerate() {
             *x = [-800.0, -90.0, -20.0, 0.0, 20.0, 90.0, 800.0][i % 7];
@@ -348,45 +348,42 @@ fn extreme_logits_stay_finite() {
     report(support::forms_agree(&op, &problem, 16), 1);
 }
 
-fn problems() -> impl Strategy<Value = (GatedDelta, Draw, u64)> {
-    let lens = prop::collection::vec(0usize..24, 1..4);
-    let (ops, gates) = (prop::sample::select(chunked()), prop::sample::select(REGIMES));
-    let heads = (1usize..3, 1usize..4);
-    // With one key channel a strength of 1 wipes the whole state: what is left of its gradient is rounding.
-    (lens, heads, 2usize..10, 1usize..10, ops, gates, any::<u64>()).prop_map(
-        |(lens, (h, groups), k, v, op, gates, seed)| {
-            let shape = Shape { seqs: packed(&lens), h, k, v };
-            (GatedDelta { shape, hv: h * groups, ..op }, Draw { gates, keys: Keys::Random }, seed)
-        },
-    )
+fn problems() -> impl Strategy<Value = Random<GatedDelta>> {
+    let ops = (prop::sample::select(chunked()), 1usize..4)
+        .prop_map(|(op, groups)| GatedDelta { hv: op.shape.h * groups, ..op });
+    (ops, support::shapes(), support::draws(), any::<u64>()).prop_map(|(op, shape, draw, seed)| Random {
+        op: GatedDelta { hv: shape.h * op.hv / op.shape.h, shape, ..op },
+        draw,
+        seed,
+    })
 }
 
 proptest! {
     #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
-    fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {
-        report(support::forms_agree(&op, &Problem::new(&op, draw, seed), chunk), 1);
+    fn forms_agree_on_any_shape(random in problems(), chunk in 1usize..20) {
+        report(support::forms_agree(&random.op, &random.problem(), chunk), 1);
     }
 
     #[test]
-    fn packed_is_separate((op, draw, seed) in problems(), chunk in 1usize..20) {
-        let problem = Problem::new(&op, draw, seed);
-        report(support::packing_changes_nothing(&op, Form::Recurrent, &problem), 1);
-        report(support::packing_changes_nothing(&op, Form::Chunk(chunk), &problem), 1);
+    fn packed_is_separate(random in problems(), chunk in 1usize..20) {
+        let problem = random.problem();
+        report(support::packing_changes_nothing(&random.op, Form::Recurrent, &problem), 1);
+        report(support::packing_changes_nothing(&random.op, Form::Chunk(chunk), &problem), 1);
     }
 
     #[test]
     fn a_sequence_can_be_split(
-        (op, draw, seed) in problems(),
+        random in problems(),
         t in 0usize..40,
         part in 0.0..1.0,
         chunk in 1usize..20,
     ) {
-        let op = op.with_seqs(dense(1, t));
-        let problem = Problem::new(&op, draw, seed);
+        let random = Random { op: random.op.with_seqs(dense(1, t)), ..random };
+        let problem = random.problem();
         let at = (part * (t + 1) as f64) as usize;
-        report(support::splitting_changes_nothing(&op, Form::Recurrent, &problem, at), 1);
-        report(support::splitting_changes_nothing(&op, Form::Chunk(chunk), &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Recurrent, &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Chunk(chunk), &problem, at), 1);
     }
 }

@@ -3,12 +3,12 @@
 mod support;
 
 use fla_reference::compare::relative_rms;
-use fla_reference::inputs::{Gates, REGIMES, Rng};
+use fla_reference::inputs::{Gates, Rng};
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, rwkv4};
 use num_traits::Float;
-use proptest::prelude::{Strategy, any, prop, proptest};
-use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
+use proptest::prelude::{Strategy, any, proptest};
+use support::{Axis, Draw, Form, Keys, Op, Problem, Random, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
 struct Rwkv4 {
@@ -194,11 +194,11 @@ fn a_tie_of_the_maximum_goes_to_the_key() {
     }
 }
 
-fn problems() -> impl Strategy<Value = (Rwkv4, Draw, u64)> {
-    let lens = prop::collection::vec(0usize..24, 1..4);
-    (lens, 1usize..10, prop::sample::select(REGIMES), any::<u64>()).prop_map(|(lens, c, gates, seed)| {
-        let op = Rwkv4 { shape: rwkv4::Shape { seqs: packed(&lens), c }, keys: 1.0 };
-        (op, Draw { gates, keys: Keys::Random }, seed)
+fn problems() -> impl Strategy<Value = Random<Rwkv4>> {
+    (support::shapes(), support::draws(), any::<u64>()).prop_map(|(shape, draw, seed)| Random {
+        op: Rwkv4 { shape: rwkv4::Shape { seqs: shape.seqs, c: shape.k }, keys: 1.0 },
+        draw,
+        seed,
     })
 }
 
@@ -206,28 +206,28 @@ proptest! {
     #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
-    fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {
-        report(support::forms_agree(&op, &Problem::new(&op, draw, seed), chunk), 1);
+    fn forms_agree_on_any_shape(random in problems(), chunk in 1usize..20) {
+        report(support::forms_agree(&random.op, &random.problem(), chunk), 1);
     }
 
     #[test]
-    fn packed_is_separate((op, draw, seed) in problems(), chunk in 1usize..20) {
-        let problem = Problem::new(&op, draw, seed);
-        report(support::packing_changes_nothing(&op, Form::Recurrent, &problem), 1);
-        report(support::packing_changes_nothing(&op, Form::Chunk(chunk), &problem), 1);
+    fn packed_is_separate(random in problems(), chunk in 1usize..20) {
+        let problem = random.problem();
+        report(support::packing_changes_nothing(&random.op, Form::Recurrent, &problem), 1);
+        report(support::packing_changes_nothing(&random.op, Form::Chunk(chunk), &problem), 1);
     }
 
     #[test]
     fn a_sequence_can_be_split(
-        (op, draw, seed) in problems(),
+        random in problems(),
         t in 0usize..40,
         part in 0.0..1.0,
         chunk in 1usize..20,
     ) {
-        let op = op.with_seqs(dense(1, t));
-        let problem = Problem::new(&op, draw, seed);
+        let random = Random { op: random.op.with_seqs(dense(1, t)), ..random };
+        let problem = random.problem();
         let at = (part * (t + 1) as f64) as usize;
-        report(support::splitting_changes_nothing(&op, Form::Recurrent, &problem, at), 1);
-        report(support::splitting_changes_nothing(&op, Form::Chunk(chunk), &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Recurrent, &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Chunk(chunk), &problem, at), 1);
     }
 }

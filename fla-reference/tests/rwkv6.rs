@@ -2,13 +2,13 @@
 
 mod support;
 
-use fla_reference::inputs::{REGIMES, Rng};
+use fla_reference::inputs::{Gates, Rng};
 use fla_reference::rwkv6::Direction;
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, Shape, rwkv6};
 use num_traits::Float;
-use proptest::prelude::{Strategy, any, prop, proptest};
-use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
+use proptest::prelude::{Strategy, any, proptest};
+use support::{Axis, Draw, Form, Keys, Op, Problem, Random, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
 struct Rwkv6 {
@@ -149,7 +149,7 @@ fn reversed_gradients_are_those_of_the_loss() {
 #[test]
 fn reverse_is_forward_on_reversed_tokens() {
     let (forward, reverse) = (op(dense(1, 21)), reverse(dense(1, 21)));
-    let problem = Problem::new(&forward, Draw { gates: REGIMES[6], keys: Keys::Random }, 1);
+    let problem = Problem::new(&forward, Draw { gates: Gates::LogSigmoid, keys: Keys::Random }, 1);
     let turned = |x: &Tensors<f64>| -> Tensors<f64> {
         let turn = |name: &str, x: &Vec<f64>| match forward.axis(name) {
             Axis::Tokens => x.chunks(x.len() / 21).rev().flatten().copied().collect(),
@@ -168,20 +168,15 @@ fn reverse_is_forward_on_reversed_tokens() {
     report(failures, FORMS.len());
 }
 
-fn problems() -> impl Strategy<Value = (Rwkv6, Draw, u64)> {
-    let lens = prop::collection::vec(0usize..24, 1..4);
-    let gates = prop::sample::select(REGIMES);
-    (lens, 1usize..3, 1usize..10, 1usize..10, gates, any::<u64>()).prop_map(|(lens, h, k, v, gates, seed)| {
-        let shape = Shape { seqs: packed(&lens), h, k, v };
-        (
-            Rwkv6 {
-                shape,
-                scale: 0.7,
-                direction: if seed % 2 == 0 { Direction::Forward } else { Direction::Reverse },
-            },
-            Draw { gates, keys: Keys::Random },
-            seed,
-        )
+fn problems() -> impl Strategy<Value = Random<Rwkv6>> {
+    (support::shapes(), support::draws(), any::<u64>()).prop_map(|(shape, draw, seed)| Random {
+        op: Rwkv6 {
+            shape,
+            scale: 0.7,
+            direction: if seed % 2 == 0 { Direction::Forward } else { Direction::Reverse },
+        },
+        draw,
+        seed,
     })
 }
 
@@ -189,28 +184,28 @@ proptest! {
     #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
-    fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {
-        report(support::forms_agree(&op, &Problem::new(&op, draw, seed), chunk), 1);
+    fn forms_agree_on_any_shape(random in problems(), chunk in 1usize..20) {
+        report(support::forms_agree(&random.op, &random.problem(), chunk), 1);
     }
 
     #[test]
-    fn packed_is_separate((op, draw, seed) in problems(), chunk in 1usize..20) {
-        let problem = Problem::new(&op, draw, seed);
-        report(support::packing_changes_nothing(&op, Form::Recurrent, &problem), 1);
-        report(support::packing_changes_nothing(&op, Form::Chunk(chunk), &problem), 1);
+    fn packed_is_separate(random in problems(), chunk in 1usize..20) {
+        let problem = random.problem();
+        report(support::packing_changes_nothing(&random.op, Form::Recurrent, &problem), 1);
+        report(support::packing_changes_nothing(&random.op, Form::Chunk(chunk), &problem), 1);
     }
 
     #[test]
     fn a_sequence_can_be_split(
-        (op, draw, seed) in problems(),
+        random in problems(),
         t in 0usize..40,
         part in 0.0..1.0,
         chunk in 1usize..20,
     ) {
-        let op = Rwkv6 { direction: Direction::Forward, ..op.with_seqs(dense(1, t)) };
-        let problem = Problem::new(&op, draw, seed);
+        let random = Random { op: Rwkv6 { direction: Direction::Forward, ..random.op.with_seqs(dense(1, t)) }, ..random };
+        let problem = random.problem();
         let at = (part * (t + 1) as f64) as usize;
-        report(support::splitting_changes_nothing(&op, Form::Recurrent, &problem, at), 1);
-        report(support::splitting_changes_nothing(&op, Form::Chunk(chunk), &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Recurrent, &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Chunk(chunk), &problem, at), 1);
     }
 }

@@ -2,7 +2,7 @@
 
 mod support;
 
-use fla_reference::inputs::{REGIMES, Rng};
+use fla_reference::inputs::Rng;
 use fla_reference::rwkv7::{
     AddcmulInputs, AddcmulOutputGrads, AddcmulShape, ChannelMixingInputs, ChannelMixingOutputGrads,
     ChannelMixingShape, FusedMulInputs, GateOutputCorrectionInputs, GateOutputCorrectionShape, KUpdateInputs,
@@ -11,8 +11,8 @@ use fla_reference::rwkv7::{
 use fla_reference::tolerance::Model;
 use fla_reference::{SeqLens, Shape, dplr, rwkv7};
 use num_traits::Float;
-use proptest::prelude::{Strategy, any, prop, proptest};
-use support::{Axis, Draw, Form, Keys, Op, Problem, Tensors, dense, packed, report, tensors};
+use proptest::prelude::{Strategy, any, proptest};
+use support::{Axis, Draw, Form, Keys, Op, Problem, Random, Tensors, dense, packed, report, tensors};
 
 #[derive(Clone, Debug)]
 struct FusedMul {
@@ -330,12 +330,11 @@ fn gradients_of_channel_mixing() {
     }
 }
 
-fn problems() -> impl Strategy<Value = (FusedMul, Draw, u64)> {
-    let lens = prop::collection::vec(0usize..24, 1..4);
-    let gates = prop::sample::select(REGIMES);
-    (lens, 1usize..3, 2usize..10, 1usize..10, gates, any::<u64>()).prop_map(|(lens, h, k, v, gates, seed)| {
-        let shape = Shape { seqs: packed(&lens), h, k, v };
-        (FusedMul { shape }, Draw { gates, keys: Keys::Random }, seed)
+fn problems() -> impl Strategy<Value = Random<FusedMul>> {
+    (support::shapes(), support::draws(), any::<u64>()).prop_map(|(shape, draw, seed)| Random {
+        op: FusedMul { shape },
+        draw,
+        seed,
     })
 }
 
@@ -343,28 +342,28 @@ proptest! {
     #![proptest_config(support::shapes_nobody_thought_of())]
 
     #[test]
-    fn forms_agree_on_any_shape((op, draw, seed) in problems(), chunk in 1usize..20) {
-        report(support::forms_agree(&op, &Problem::new(&op, draw, seed), chunk), 1);
+    fn forms_agree_on_any_shape(random in problems(), chunk in 1usize..20) {
+        report(support::forms_agree(&random.op, &random.problem(), chunk), 1);
     }
 
     #[test]
-    fn packed_is_separate((op, draw, seed) in problems(), chunk in 1usize..20) {
-        let problem = Problem::new(&op, draw, seed);
-        report(support::packing_changes_nothing(&op, Form::Recurrent, &problem), 1);
-        report(support::packing_changes_nothing(&op, Form::Chunk(chunk), &problem), 1);
+    fn packed_is_separate(random in problems(), chunk in 1usize..20) {
+        let problem = random.problem();
+        report(support::packing_changes_nothing(&random.op, Form::Recurrent, &problem), 1);
+        report(support::packing_changes_nothing(&random.op, Form::Chunk(chunk), &problem), 1);
     }
 
     #[test]
     fn a_sequence_can_be_split(
-        (op, draw, seed) in problems(),
+        random in problems(),
         t in 0usize..40,
         part in 0.0..1.0,
         chunk in 1usize..20,
     ) {
-        let op = op.with_seqs(dense(1, t));
-        let problem = Problem::new(&op, draw, seed);
+        let random = Random { op: random.op.with_seqs(dense(1, t)), ..random };
+        let problem = random.problem();
         let at = (part * (t + 1) as f64) as usize;
-        report(support::splitting_changes_nothing(&op, Form::Recurrent, &problem, at), 1);
-        report(support::splitting_changes_nothing(&op, Form::Chunk(chunk), &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Recurrent, &problem, at), 1);
+        report(support::splitting_changes_nothing(&random.op, Form::Chunk(chunk), &problem, at), 1);
     }
 }
