@@ -221,7 +221,7 @@ fn starts_alone(bundle: &Bundle, executable: &Executable) -> Result<()> {
 }
 
 /// The commit at `root`, marked when the files are not those of the commit.
-fn commit(root: &Path) -> Result<String> {
+pub(crate) fn commit(root: &Path) -> Result<String> {
     let git = |args: &[&str]| -> Result<String> {
         let output = Command::new("git")
             .args(args)

@@ -30,6 +30,7 @@ pub(crate) enum Command {
     /// is fetched from PyPI into `target/cuda` when no CUDA toolkit is found.
     Test,
     TestGpu(TestGpuArgs),
+    BenchGpu(BenchGpuArgs),
     Conformance(ConformanceArgs),
     Kernels(KernelsArgs),
     /// Check the house rules that a program can check, and print `path:line: message`.
@@ -48,6 +49,23 @@ pub(crate) enum Command {
 pub(crate) struct TestGpuArgs {
     /// Run only the files of tests whose name contains this, or else the tests; the conformance cases are left out.
     pub(crate) filter: Option<String>,
+}
+
+/// Time every pass on the GPU: verified first, then timed, then appended to the records.
+///
+/// Prints median and quantiles, bandwidth, FLOP/s, the share of the case's floor (bytes at the copy rate that the run
+/// itself measures), the error and the extra memory. Runs cargo in a checkout, and the executables that lie beside it
+/// in a bundle.
+#[derive(Debug, Args)]
+pub(crate) struct BenchGpuArgs {
+    /// Time only the cases whose name contains this, such as `rwkv7/recurrent_fwd`.
+    pub(crate) filter: Option<String>,
+    /// Write every number into this file too.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// The folder of records; `records` at the root of the workspace or the bundle when absent.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) records: Option<PathBuf>,
 }
 
 /// Compile every kernel for every architecture: registers, spills, shared memory, size, time.

@@ -26,7 +26,7 @@ const TUNED: &str = "sm_90a";
 const RECORD: &str = "xtask/kernels.sm_90a.txt";
 
 /// The units of every crate that has kernels.
-const CRATES: &[fn() -> Vec<Unit>] = &[fla_dplr::units];
+const CRATES: &[fn(Arch) -> Vec<Unit>] = &[fla_dplr::units];
 
 /// Compiles, prints the table, and compares; `Ok(false)` when a unit is refused or its numbers changed.
 pub(crate) fn run(args: &KernelsArgs) -> Result<bool> {
@@ -94,10 +94,13 @@ fn jobs(args: &KernelsArgs) -> Result<Vec<Job>> {
         );
     }
     let filter = args.filter.as_deref().unwrap_or_default();
-    let units = CRATES.iter().flat_map(|units| units()).filter(|unit| unit.symbol().contains(filter));
+    let mut jobs = Vec::new();
+    for arch in archs {
+        let units = CRATES.iter().flat_map(|units| units(arch));
+        jobs.extend(units.filter(|unit| unit.symbol().contains(filter)).map(|unit| Job { unit, arch }));
+    }
     // One kernel below the other, each for all architectures.
-    let jobs: Vec<Job> =
-        units.flat_map(|unit| archs.iter().map(move |&arch| Job { unit: unit.clone(), arch })).collect();
+    jobs.sort_by_cached_key(|job| (job.unit.symbol(), job.unit.constants()));
     if jobs.is_empty() {
         return Err(format!("no kernel has `{filter}` in its symbol").into());
     }

@@ -6,6 +6,7 @@ use clap::Parser;
 
 use crate::flags::{Command, Flags};
 
+mod bench_gpu;
 mod bundle;
 mod conformance;
 mod demo;
@@ -43,6 +44,7 @@ fn run(command: Command) -> Result<bool> {
         Command::Demo(args) => demo::run(&args),
         Command::Test => test::run(),
         Command::TestGpu(args) => test_gpu::run(&args),
+        Command::BenchGpu(args) => bench_gpu::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Tidy => tidy::run(),
