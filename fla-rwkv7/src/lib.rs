@@ -1,5 +1,10 @@
 #![doc = include_str!("../README.md")]
 
+/// Compiles the example of the workspace's front page; outside of this package, so only in a checkout.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct FrontPage;
+
 mod recurrent_fwd;
 
 pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
