@@ -331,6 +331,40 @@ fn equal_gates_and_strengths_per_channel_are_one_per_head() {
 }
 
 #[test]
+fn options_are_maps_of_the_inputs() {
+    let plain = plain().with_seqs(dense(1, 9));
+    let all = GatedDelta {
+        gate: GateFrom::BiasedLogits,
+        norm: QkNorm::L2,
+        map: BetaMap::TwiceSigmoid,
+        ..plain.clone()
+    };
+    let mut x = all.random(&mut Rng::new(1), Draw { gates: Gates::LogSigmoid, keys: Keys::Random });
+    // A key as small as the epsilon of the norm.
+    for k in &mut x.get_mut("k").unwrap()[..4] {
+        *k *= 1e-3;
+    }
+    let mut mapped = x.clone();
+    for name in ["q", "k"] {
+        let unit = |row: &[f64]| {
+            let norm = (row.iter().map(|x| x * x).sum::<f64>() + 1e-6).sqrt();
+            row.iter().map(|x| x / norm).collect::<Vec<_>>()
+        };
+        mapped.insert(name, x[name].chunks(4).flat_map(unit).collect());
+    }
+    mapped.insert("beta", x["beta"].iter().map(|x| 2.0 / (1.0 + (-x).exp())).collect());
+    let log_decay = |(i, g): (usize, &f64)| {
+        let rate = x["a_log"][i % 4].exp();
+        -rate * (1.0 + (g + x["dt_bias"][i % 4]).exp()).ln()
+    };
+    mapped.insert("g", x["g"].iter().enumerate().map(log_decay).collect());
+    let want = plain.fwd(Form::Recurrent, &mapped);
+    for form in [Form::Recurrent, Form::Chunk(4)] {
+        report(support::differences(&all.fwd(form, &x), &want, |_, error| (error, 1e-13)), 1);
+    }
+}
+
+#[test]
 fn extreme_logits_stay_finite() {
     let op = GatedDelta {
         gate: GateFrom::BiasedLogits,

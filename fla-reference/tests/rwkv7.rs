@@ -268,6 +268,9 @@ fn unit_keys_have_unit_length() {
     }
     let zeros = rwkv7::kk_norm_fwd(&shape, &KkNormInputs { k: &[0.0; 48], k_k: &k_k });
     assert_eq!(zeros, [0.0; 48], "a zero key stays zero");
+    let one = KkNormShape { tokens: 1, h: 1, k: 1 };
+    let small = rwkv7::kk_norm_fwd(&one, &KkNormInputs { k: &[1e-3], k_k: &[1.0] })[0];
+    assert!((small - 0.5f64.sqrt()).abs() < 1e-15, "sqrt(1e-6 + 1e-6) divides 1e-3: {small}");
 }
 
 #[test]
