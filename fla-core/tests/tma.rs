@@ -62,8 +62,10 @@ const CASES: &[Case] = &[
     Case { name: "one row", rows: 1, ..BASE },
     Case { name: "a tail of rows", rows: 100, row: 64, ..BASE },
     Case { name: "a tail of columns", rows: 100, cols: 200, row_stride: 208, row: 7, col: 192 },
-    Case { name: "the last element", rows: 77, cols: 91, row_stride: 96, row: 76, col: 88 },
-    Case { name: "before the first element", rows: 90, cols: 90, row_stride: 96, row: -9, col: -24 },
+    Case { name: "the last element", rows: 77, cols: 88, row_stride: 96, row: 76, col: 80 },
+    Case { name: "before the first row", rows: 90, cols: 88, row_stride: 96, row: -9, col: 0 },
+    Case { name: "before the first column", rows: 90, cols: 88, row_stride: 96, row: 0, col: -24 },
+    Case { name: "before the first element", rows: 90, cols: 88, row_stride: 96, row: -9, col: -24 },
     Case { name: "outside", rows: 64, cols: 64, row: 64, col: 0, ..BASE },
 ];
 

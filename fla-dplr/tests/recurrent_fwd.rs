@@ -66,6 +66,7 @@ const CASES: &[Case] = &[
     Case { name: "64 tokens", t: 64, ..BASE },
     Case { name: "65 tokens, scale 1", t: 65, scale: 1.0, ..BASE },
     Case { name: "1000 tokens, one head", b: 1, t: 1000, h: 1, gates: Gates::Rwkv7, ..BASE },
+    Case { name: "4000 tokens, slow decay", b: 1, t: 4000, h: 1, gates: Gates::Constant(-5e-4), ..BASE },
     Case { name: "decode, many sequences", b: 33, t: 1, h: 5, ..BASE },
     Case { name: "more heads than a grid axis of 65535", b: 35_000, t: 1, h: 2, k: 8, v: 4, ..BASE },
     Case { name: "packed", packed: &[3, 17, 1, 30], ..BASE },
