@@ -11,12 +11,13 @@ use fla_rwkv7::{
     recurrent_fwd,
 };
 
-/// Heads, channels of a head, tokens.
+/// Heads, key channels, value channels, tokens.
 const H: usize = 4;
-const D: usize = 64;
+const K: usize = 64;
+const V: usize = 64;
 const T: usize = 8;
 
-/// The six vectors of a run of tokens, each `[1, T, H, D]`, as the layer hands them to the operator.
+/// The six vectors of a run of tokens, `[1, T, H, K]` and `[1, T, H, V]`, as the layer hands them to the operator.
 struct Vectors {
     r: Vec<f32>,
     w: Vec<f32>,
@@ -29,19 +30,21 @@ struct Vectors {
 impl Vectors {
     /// What projections would give, as waves; then the layer's own maps for `w`, `a` and `b`.
     fn new() -> Self {
-        let wave = |step: f32| (0..T * H * D).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+        let wave = |len: usize, step: f32| (0..len).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
+        let keys = |step| wave(T * H * K, step);
         let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
         // The layer's decay: between e^-0.6065 and 1 per token.
-        let w = wave(0.29).iter().map(|raw| -0.606_530_66 * sigmoid(*raw)).collect();
-        let mut kk = wave(0.53);
-        for head in kk.chunks_mut(D) {
+        let w = keys(0.29).iter().map(|raw| -0.606_530_66 * sigmoid(*raw)).collect();
+        let k = keys(0.53);
+        let mut kk = k.clone();
+        for head in kk.chunks_mut(K) {
             let norm = head.iter().map(|x| x * x).sum::<f32>().sqrt();
             head.iter_mut().for_each(|x| *x /= norm);
         }
-        let rate = wave(0.83);
+        let rate = keys(0.83);
         let b = kk.iter().zip(&rate).map(|(kk, rate)| kk * sigmoid(*rate)).collect();
         let a = kk.iter().map(|kk| -kk).collect();
-        Self { r: wave(0.37), w, k: wave(0.53), v: wave(0.71), a, b }
+        Self { r: keys(0.37), w, k, v: wave(T * H * V, 0.71), a, b }
     }
 }
 
@@ -64,25 +67,26 @@ fn main() -> Result<(), Box<dyn Error>> {
     let b = stream.clone_htod(&tokens.b)?;
 
     // Once: the kernel is compiled, or comes from the cache.
-    let one_token = Shape { seqs: SeqLens::dense(1, 1), h: H, k: D, v: D };
+    let one_token = Shape { seqs: SeqLens::dense(1, 1), h: H, k: K, v: V };
     let plan = RecurrentFwd::<f32>::new(&device, &one_token, &RecurrentFwdOptions::new())?;
 
     // Per token: a launch and nothing else. The two states take turns as input and output.
-    let mut o = stream.alloc_zeros::<f32>(T * H * D)?;
+    let mut o = stream.alloc_zeros::<f32>(T * H * V)?;
     let mut state = stream.alloc_zeros::<f32>(one_token.state_len())?;
     let mut next = stream.alloc_zeros::<f32>(one_token.state_len())?;
     for i_t in 0..T {
-        let token = i_t * H * D..(i_t + 1) * H * D;
+        let at_k = i_t * H * K..(i_t + 1) * H * K;
+        let at_v = i_t * H * V..(i_t + 1) * H * V;
         let x = RecurrentFwdInputs {
-            r: &r.slice(token.clone()),
-            w: &w.slice(token.clone()),
-            k: &k.slice(token.clone()),
-            v: &v.slice(token.clone()),
-            a: &a.slice(token.clone()),
-            b: &b.slice(token.clone()),
+            r: &r.slice(at_k.clone()),
+            w: &w.slice(at_k.clone()),
+            k: &k.slice(at_k.clone()),
+            v: &v.slice(at_v.clone()),
+            a: &a.slice(at_k.clone()),
+            b: &b.slice(at_k.clone()),
             initial_state: Some(&state),
         };
-        let mut o_token = o.slice_mut(token);
+        let mut o_token = o.slice_mut(at_v);
         let mut y = RecurrentFwdOutputs { o: &mut o_token, final_state: Some(&mut next) };
         plan.run(&stream, &x, &mut y)?;
         std::mem::swap(&mut state, &mut next);
@@ -94,7 +98,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let whole = recurrent_fwd(&device, &shape, &x, &RecurrentFwdOptions::new())?;
 
     let (decoded, whole) = (stream.clone_dtoh(&o)?, stream.clone_dtoh(&whole.o)?);
-    for (i_t, o) in decoded.chunks(H * D).enumerate() {
+    for (i_t, o) in decoded.chunks(H * V).enumerate() {
         println!("token {i_t}: o of head 0 starts with {:+.4} {:+.4} {:+.4}", o[0], o[1], o[2]);
     }
     let apart = decoded.iter().zip(&whole).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
