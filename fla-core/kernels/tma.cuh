@@ -57,7 +57,8 @@ __device__ inline void cp_async_bulk_tensor_2d_shared_global(
         : "memory");
 }
 
-// The way back; elements outside of the tensor are not written.
+// The way back; elements outside of the tensor are not written. `x` and `y` are at least 0, which an H200 insists on, and
+// rows of the tensor end at a multiple of 16 bytes, or what is left of the last 16 bytes is written too.
 __device__ inline void cp_async_bulk_tensor_2d_global_shared(const TensorMap& map, i32 x, i32 y, const void* s_src) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  :

@@ -85,7 +85,7 @@ impl Cache {
     ///
     /// # Errors
     ///
-    /// Those of [`compile`](crate::compile()), and [`Error::Cache`] when an entry cannot be written.
+    /// Those of [`compile`](crate::compile::compile), and [`Error::Cache`] when an entry cannot be written.
     pub fn warm(&self, units: &[Unit], arch: Arch) -> Result<(), Error> {
         for unit in units {
             self.get(unit, arch)?;

@@ -52,7 +52,7 @@ mod sealed {
     impl Sealed for half::f16 {}
 }
 
-/// A Rust type that a kernel can read and write: `f32`, [`bf16`] or [`f16`].
+/// A Rust type that a kernel can read and write: `f32`, [`bf16`] or [`struct@f16`].
 pub trait Element:
     sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Default + Send + Sync + 'static
 {

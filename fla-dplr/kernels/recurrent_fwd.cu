@@ -9,6 +9,7 @@
 // FLA        fused_recurrent_dplr_delta_rule
 #pragma once
 #include <fla/core/copy.cuh>
+#include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/warp.cuh>
 
@@ -148,9 +149,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
         float r_o[COLS] = {};
         #pragma unroll
         for (int i = 0; i < BK; ++i) {
-            // Not the approximate one: a gate that stays the same makes the same error at every token, and a state
-            // that forgets slowly adds them up over all tokens that it remembers.
-            const float decay = expf(to_f32(x.g[i]));
+            const float decay = exp_approx(to_f32(x.g[i]));
             #pragma unroll
             for (int c = 0; c < COLS; ++c) {
                 const float added = fmaf(to_f32(x.b[i]), r_r[c], to_f32(x.k[i]) * to_f32(x.v[c]));

@@ -19,7 +19,7 @@ pub(crate) struct RecurrentFwdConfig {
 /// few rows spread a small state over more multiprocessors.
 ///
 /// One token, H = 64, K = V = 64, bf16 vectors, H200, microseconds by graph replay over rotating buffers
-/// (records/nvidia-h200):
+/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-choices.csv`):
 ///
 /// | rows |  B = 1 | B = 8 | B = 16 | B = 32 | B = 64 | B = 256 |
 /// |------|--------|-------|--------|--------|--------|---------|

@@ -82,8 +82,8 @@ pub struct RecurrentFwdResult<T> {
 /// | `final_state` (out) | `[N, H, K, V]` | f32   | optional; not written to memory when absent  |
 ///
 /// `T` is f32, bf16 or f16; K is at most 256 and V at most 512. The state of RWKV-LM is `[V, K]`: transpose it at
-/// the border. RWKV-LM's `w` is the raw weight; what is wanted here is `-exp(raw)`, or, as the model's code
-/// computes it, `-0.6065 sigmoid(raw)`.
+/// the border. What is wanted as `w` here is the log decay itself: `-exp(w)` of the raw `w` that RWKV-LM's kernels
+/// take, or `-exp(-1/2) sigmoid(x)` of the projection `x` that the model makes it from.
 ///
 /// # Numerics
 ///

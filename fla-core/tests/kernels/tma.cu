@@ -1,6 +1,6 @@
 // tma: a tile and a line through shared memory and back, by bulk copies alone.
 //
-//   seen = the tile of 64 x 64 at (ROW, COL) of x, zeros outside;  y = 2 x on that tile;  line_y = line
+//   seen = the tile of 64 x 64 at (ROW, COL) of x, zeros outside;  y = 2 x on that tile, where it starts inside;  line_y = line
 //
 // Reference  none: building block test
 // Launch     grid 1, block 128
@@ -49,7 +49,8 @@ __device__ void tma(const TmaParams& p) {
     __syncthreads();      // s_x is complete
 
     if (threadIdx.x == 0) {
-        cp_async_bulk_tensor_2d_global_shared(p.y, p.col, p.row, &s_x);
+        // A tile can be loaded from before the first element but not stored there.
+        if (p.row >= 0 && p.col >= 0) cp_async_bulk_tensor_2d_global_shared(p.y, p.col, p.row, &s_x);
         cp_async_bulk_global_shared(p.line_y, s_line, sizeof(s_line));
         cp_async_bulk_commit_group();
         cp_async_bulk_wait_group_read<0>();  // s_x and s_line are free

@@ -136,11 +136,11 @@ impl Operator {
     }
 }
 
-/// What a token leaves of an old value in the operators that forget slowly: half is left after 5678 tokens.
+/// What a token leaves of an old value in the operators that forget slowly: half is left after 1419 tokens.
 ///
-/// Not slower: the decay of a whole chunk rounds the same way every time, by up to 3e-8 in f32, so the two forms of an
-/// operator drift apart by as much for each chunk that a value survives, which is 4e-6 here.
-const SLOW: f32 = 1.0 - 1.0 / 8192.0;
+/// Not slower: the decay of a token rounds the same way every time, by up to 2.4e-7 in f32 on the GPU, so two forms of
+/// an operator drift apart by as much for each token that a value survives.
+const SLOW: f32 = 1.0 - 1.0 / 2048.0;
 
 /// The same for RWKV-6, whose only way to forget is the decay: half is left after 177 tokens.
 const RWKV6: f32 = 1.0 - 1.0 / 256.0;
@@ -214,7 +214,7 @@ impl<'a> DeltaInputs<'a> {
 
     /// As RWKV-7 reads it.
     pub(super) fn rwkv7(segment: &'a Segment<'_>) -> DeltaInputs<'a> {
-        DeltaInputs::new(segment, |i_k| SLOW - i_k as f32 / K as f32 / 8192.0)
+        DeltaInputs::new(segment, |i_k| SLOW - i_k as f32 / K as f32 / 2048.0)
     }
 
     /// As DPLR reads it.
