@@ -65,7 +65,7 @@ impl fmt::Display for Constant {
 
 /// One kernel with all its constants: what is compiled, cached and launched as one.
 ///
-/// The function `fla::<crate>::<stem><Cfg>` in `source` becomes the entry `<crate>_<stem>`, which takes the
+/// The function `fla::<crate>::<stem><Cfg>` in `source` becomes the entry `<crate>_<file>`, which takes the
 /// parameter struct by value.
 #[derive(Clone, Debug)]
 pub struct Unit {
@@ -133,10 +133,12 @@ impl Unit {
         self
     }
 
-    /// Name of the entry in the cubin, as profilers show it.
+    /// Name of the entry in the cubin, as profilers show it: the crate and the stem of the source, which ends in an
+    /// architecture when the source is for one.
     #[must_use]
     pub fn symbol(&self) -> String {
-        format!("{}_{}", self.krate, self.stem)
+        let file = self.source.name.rsplit('/').next().unwrap_or_default();
+        format!("{}_{}", self.krate, file.trim_end_matches(".cu"))
     }
 
     /// Threads of a block.

@@ -9,9 +9,9 @@
 // FLA        fused_recurrent_dplr_delta_rule
 #pragma once
 #include <fla/core/copy.cuh>
-#include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/warp.cuh>
+#include <fla/dplr/recurrent_fwd.cuh>
 
 namespace fla::dplr {
 
@@ -44,14 +44,6 @@ concept RecurrentFwdConfig = requires {
     Cfg::PREFETCH;    // load the next token's vectors while this one's are used
 };
 
-// The widest access, in elements, that keeps every row of `row` elements aligned when the first one is.
-template <class T>
-__device__ constexpr int access_elems(int row) {
-    int n = 16 / sizeof(T);
-    while (row % n != 0) n /= 2;
-    return n;
-}
-
 // Loads the first `valid` of SIZE elements and zeros for the rest, N with one access; `valid` is a multiple of N.
 template <int N, int SIZE, class T>
 __device__ void load_masked(T (&x)[SIZE], const T* src, int valid) {
@@ -64,19 +56,11 @@ __device__ void load_masked(T (&x)[SIZE], const T* src, int valid) {
     }
 }
 
-// The vectors of one token, as far as one lane needs them.
-template <class Element, int BK, int COLS>
-struct Token {
-    Element q[BK], k[BK], a[BK], b[BK], g[BK];
-    Element v[COLS];
-};
-
 template <RecurrentFwdConfig Cfg>
 __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
     constexpr int K = Cfg::K, V = Cfg::V, LANES_V = Cfg::LANES_V;
-    constexpr int COLS = 4;                                       // columns of a lane: 16 bytes of state
-    constexpr int BV = COLS * LANES_V;                            // columns of a warp
+    constexpr int BV = COLS * LANES_V;  // columns of a warp
     constexpr int LANES_K = 32 / LANES_V;
     constexpr int K_ACCESS = access_elems<Element>(K);
     constexpr int BK = ceil_div(ceil_div(K, LANES_K), K_ACCESS) * K_ACCESS;  // rows of a lane
@@ -107,7 +91,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
     const auto load_token = [&](i64 i_t) {
         const i64 row = i_t * p.h + i_h;
         const i64 at_k = row * K + row0;
-        Token<Element, BK, COLS> x;
+        Token<Element, BK> x;
         load_masked<K_ACCESS>(x.a, p.a + at_k, rows);
         load_masked<K_ACCESS>(x.g, p.g + at_k, rows);
         load_masked<K_ACCESS>(x.b, p.b + at_k, rows);
@@ -117,7 +101,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
         return x;
     };
     // Asked for before the state, which is much larger and would keep it waiting.
-    Token<Element, BK, COLS> next = {};
+    Token<Element, BK> next = {};
     if (Cfg::ONE_TOKEN || (Cfg::PREFETCH && bos < eos)) next = load_token(bos);
 
     float r_state[BK][COLS];  // [BK, COLS] of [K, V]
@@ -134,31 +118,9 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
         }
     }
 
-    const auto step = [&](i64 i_t, const Token<Element, BK, COLS>& x) {
-        // (1)
-        float r_r[COLS] = {};
-        #pragma unroll
-        for (int i = 0; i < BK; ++i) {
-            #pragma unroll
-            for (int c = 0; c < COLS; ++c) r_r[c] = fmaf(r_state[i][c], to_f32(x.a[i]), r_r[c]);
-        }
-        #pragma unroll
-        for (int c = 0; c < COLS; ++c) r_r[c] = strided_sum<LANES_V>(r_r[c]);
-
-        // (2) and (3)
-        float r_o[COLS] = {};
-        #pragma unroll
-        for (int i = 0; i < BK; ++i) {
-            const float decay = exp_approx(to_f32(x.g[i]));
-            #pragma unroll
-            for (int c = 0; c < COLS; ++c) {
-                const float added = fmaf(to_f32(x.b[i]), r_r[c], to_f32(x.k[i]) * to_f32(x.v[c]));
-                r_state[i][c] = fmaf(decay, r_state[i][c], added);
-                r_o[c] = fmaf(r_state[i][c], to_f32(x.q[i]), r_o[c]);
-            }
-        }
-        #pragma unroll
-        for (int c = 0; c < COLS; ++c) r_o[c] = strided_sum<LANES_V>(r_o[c]);
+    const auto step = [&](i64 i_t, const Token<Element, BK>& x) {
+        float r_o[COLS];
+        recurrent_step<LANES_V>(r_state, r_o, x);
         if (row0 == 0) {
             #pragma unroll
             for (int j = 0; j < COLS; j += V_ACCESS) {
@@ -174,7 +136,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
         step(bos, next);
     } else if constexpr (Cfg::PREFETCH) {
         for (i64 i_t = bos; i_t < eos; ++i_t) {
-            const Token<Element, BK, COLS> x = next;
+            const Token<Element, BK> x = next;
             if (i_t + 1 < eos) next = load_token(i_t + 1);
             step(i_t, x);
         }

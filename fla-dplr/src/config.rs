@@ -47,9 +47,7 @@ pub(crate) struct RecurrentFwdVariant {
 impl RecurrentFwdVariant {
     /// The choice for `states` states on `sm_count` multiprocessors.
     pub(crate) fn choose(&self, states: usize, sm_count: u32) -> RecurrentFwdConfig {
-        // Warps that would hold 32 rows by 64 columns each, for every multiprocessor.
-        let warps = states.saturating_mul(self.k * self.v) / (32 * 128);
-        let rows = match warps / sm_count.max(1) as usize {
+        let rows = match self.load(states, sm_count) {
             // Beside the state, a loop over tokens has registers for 16 rows at most.
             _ if !self.one_token && self.k > 64 => Rows::Some,
             0..4 => Rows::Few,
@@ -58,6 +56,11 @@ impl RecurrentFwdVariant {
             _ => Rows::Many,
         };
         self.with_rows(rows)
+    }
+
+    /// Warps for every multiprocessor, if each held 4096 numbers of a state: 32 rows by 4 columns a lane.
+    fn load(&self, states: usize, sm_count: u32) -> usize {
+        states.saturating_mul(self.k * self.v) / (32 * 128) / sm_count.max(1) as usize
     }
 
     /// Every choice that there is, for compiling ahead.
@@ -84,9 +87,81 @@ impl RecurrentFwdVariant {
     }
 }
 
+/// Constants of `recurrent_fwd_sm90`, which streams many states through shared memory.
+///
+/// It loads the vectors of all tokens together with the state, so that a few tokens cost little more than one: four
+/// tokens at B = 256, H = 64, K = V = 64 took 165 us on an H200 and 252 us with the other kernel, one token 140 us.
+/// One token alone is in the hands of the memory, and it gains 3 % in a narrow range only
+/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-stream.csv`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RecurrentFwdStream {
+    /// Most tokens of a sequence.
+    pub(crate) tokens: usize,
+    /// Lanes side by side over V, each with 4 columns of the state; the other lanes of the warp lie over K.
+    pub(crate) lanes_v: usize,
+    /// Warps that share a state, side by side over V.
+    pub(crate) warps: usize,
+    /// Groups of such warps in a block.
+    pub(crate) groups: usize,
+    /// States of a group that are worked on or under way.
+    pub(crate) slots: usize,
+}
+
+impl RecurrentFwdStream {
+    /// Most tokens of a call: more would leave too little shared memory for states.
+    const MAX_TOKENS: usize = 8;
+
+    /// The choice for sequences of `t` tokens, where the device and the shape allow it.
+    pub(crate) fn new(variant: &RecurrentFwdVariant, t: usize, smem_bytes: usize) -> Option<Self> {
+        let RecurrentFwdVariant { arch, dtype, k, v, .. } = *variant;
+        if !arch.has_tma() || !(1..=Self::MAX_TOKENS).contains(&t) {
+            return None;
+        }
+        // A lane holds 16 rows of the state, or fewer.
+        let warps = (k * v).div_ceil(2048).next_power_of_two();
+        let lanes_v = v / 4 / warps;
+        let rows = k * lanes_v / 32;
+        // The lanes cover the state without a rest, and every copy and access is a multiple of 16 bytes.
+        // One token of a larger state is faster with the other kernel.
+        let fits = warps <= if t == 1 { 2 } else { 8 }
+            && lanes_v.is_power_of_two()
+            && lanes_v <= 32
+            && lanes_v * 4 * warps == v
+            && rows * 32 == k * lanes_v
+            && [rows, k, v].iter().all(|n| (n * dtype.bytes()).is_multiple_of(16));
+        // As many groups as make 8 warps, or as there is room for with two slots each; a third slot where it fits.
+        let sizes = (1..=(8 / warps.max(1)).min(4)).rev().flat_map(|groups| [(groups, 3), (groups, 2)]);
+        let mut choices = sizes.map(|(groups, slots)| Self {
+            tokens: t.next_power_of_two(),
+            lanes_v,
+            warps,
+            groups,
+            slots,
+        });
+        choices.find(|choice| fits && choice.smem_bytes(variant) <= smem_bytes)
+    }
+
+    /// Size of the kernel's shared memory; the unit compares it with the kernel's own.
+    pub(crate) fn smem_bytes(&self, variant: &RecurrentFwdVariant) -> usize {
+        let RecurrentFwdVariant { dtype, k, v, .. } = *variant;
+        let slot = (4 * k * v + self.tokens * (5 * k + v) * dtype.bytes()).next_multiple_of(128);
+        let slots = self.groups * self.slots;
+        (slots * slot + slots * size_of::<u64>()).next_multiple_of(128)
+    }
+
+    /// Blocks of the launch: one for each multiprocessor, or none where the other kernel is faster.
+    pub(crate) fn blocks(&self, variant: &RecurrentFwdVariant, states: usize, sm_count: u32) -> Option<u32> {
+        let is_faster = match variant.load(states, sm_count) {
+            load if self.tokens == 1 => (12..24).contains(&load),
+            _ => states >= sm_count as usize * self.groups,
+        };
+        is_faster.then_some(sm_count)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::RecurrentFwdVariant;
+    use super::{RecurrentFwdStream, RecurrentFwdVariant};
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant =
@@ -111,5 +186,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn states_stream_where_lanes_cover_them() {
+        let stream = |k, v, t| RecurrentFwdStream::new(&RecurrentFwdVariant { k, v, ..BASE }, t, 227 << 10);
+        for (k, v) in [(64, 64), (128, 128), (64, 128), (128, 64), (32, 32)] {
+            let choice = stream(k, v, 2).expect("streams");
+            assert_eq!(choice.lanes_v * 4 * choice.warps, v, "{choice:?}");
+        }
+        for (k, v, t) in
+            [(64, 64, 9), (64, 64, 0), (60, 60, 1), (256, 256, 1), (64, 96, 1), (1, 1, 1), (4, 2048, 1)]
+        {
+            assert_eq!(stream(k, v, t), None, "{k} {v} {t}");
+        }
+        let ampere = RecurrentFwdVariant { arch: Arch::SM_80, ..BASE };
+        assert_eq!(RecurrentFwdStream::new(&ampere, 1, 163 << 10), None);
+        // 99 KiB, as sm_120 has, hold fewer states.
+        let small = RecurrentFwdStream::new(&BASE, 1, 99 << 10).expect("streams");
+        assert!(small.smem_bytes(&BASE) <= 99 << 10, "{small:?}");
     }
 }

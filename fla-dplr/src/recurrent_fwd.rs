@@ -10,7 +10,7 @@ use fla_core::{
 };
 use half::{bf16, f16};
 
-use crate::config::{RecurrentFwdConfig, RecurrentFwdVariant};
+use crate::config::{RecurrentFwdConfig, RecurrentFwdStream, RecurrentFwdVariant};
 
 /// Largest K and V: a warp holds whole columns of the state in registers.
 const MAX_K: usize = 256;
@@ -18,6 +18,10 @@ const MAX_V: usize = 512;
 
 const SOURCE: Source =
     Source { name: "fla/dplr/recurrent_fwd.cu", text: include_str!("../kernels/recurrent_fwd.cu") };
+const SOURCE_SM90: Source =
+    Source { name: "fla/dplr/recurrent_fwd_sm90.cu", text: include_str!("../kernels/recurrent_fwd_sm90.cu") };
+const HEADERS: &[Source] =
+    &[Source { name: "fla/dplr/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") }];
 
 /// What has no safe default, and what may be changed.
 #[derive(Clone, Debug, PartialEq)]
@@ -115,6 +119,10 @@ pub struct RecurrentFwd<T> {
     grid: Option<Grid>,
 }
 
+const fn is_shareable<T: Send + Sync>() {}
+// A plan may be made on one thread and run on others.
+const _: () = is_shareable::<RecurrentFwd<bf16>>();
+
 impl<T: Element> RecurrentFwd<T> {
     /// Checks the shape, compiles or loads the kernel, and uploads the offsets of packed sequences.
     ///
@@ -132,22 +140,19 @@ impl<T: Element> RecurrentFwd<T> {
         let one_token = shape.seqs.cu_seqlens().is_none() && shape.seqs.t() == 1;
         let variant =
             RecurrentFwdVariant { arch: device.arch(), dtype: T::DTYPE, k: shape.k, v: shape.v, one_token };
-        let config = variant.choose(shape.seqs.n().saturating_mul(shape.h), device.sm_count());
-        tracing::debug!(?variant, ?config, "dplr recurrent_fwd");
-        let kernel = device.kernel(&unit::<T>(&variant, &config))?;
-
-        // A warp takes BV columns of one state. The kernel counts warps in 32 bits.
-        let slices = shape.v.div_ceil(4 * config.lanes_v);
-        let warps = shape.seqs.n().saturating_mul(shape.h).saturating_mul(slices);
-        let grid = match u32::try_from(warps) {
-            Ok(0) => None,
-            Ok(warps) if warps <= i32::MAX as u32 => Some(Grid::x(warps.div_ceil(config.warps as u32))),
-            _ => {
-                let wanted =
-                    format!("such that N * H * ceil(V / {}) is at most {}", 4 * config.lanes_v, i32::MAX);
-                return Err(Error::Dim { dim: "N", wanted, got: shape.seqs.n() });
+        let states = shape.seqs.n().saturating_mul(shape.h);
+        let (unit, grid) = match stream_launch(&variant, shape, device) {
+            Some((config, blocks)) => {
+                tracing::debug!(?variant, ?config, blocks, "dplr recurrent_fwd streams its states");
+                (unit_sm90::<T>(&variant, &config), Some(Grid::x(blocks)))
+            }
+            None => {
+                let config = variant.choose(states, device.sm_count());
+                tracing::debug!(?variant, ?config, "dplr recurrent_fwd");
+                (unit::<T>(&variant, &config), grid(shape, states, &config)?)
             }
         };
+        let kernel = device.kernel(&unit)?;
         let cu_seqlens = shape.seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?;
         Ok(Self { kernel, shape: shape.clone(), cu_seqlens, scale, grid })
     }
@@ -223,6 +228,37 @@ pub fn recurrent_fwd<T: Element>(
     Ok(y)
 }
 
+/// Whether the states stream through shared memory, and with how many blocks.
+fn stream_launch(
+    variant: &RecurrentFwdVariant,
+    shape: &Shape,
+    device: &Device,
+) -> Option<(RecurrentFwdStream, u32)> {
+    if shape.seqs.cu_seqlens().is_some() {
+        return None;
+    }
+    let config = RecurrentFwdStream::new(variant, shape.seqs.t(), device.smem_bytes() as usize)?;
+    let states = shape.seqs.n().saturating_mul(shape.h);
+    // The kernel counts states in 31 bits; more fall to the other kernel, which refuses them by name.
+    let blocks =
+        config.blocks(variant, states, device.sm_count()).filter(|_| i32::try_from(states).is_ok())?;
+    Some((config, blocks))
+}
+
+/// The blocks of the kernel that gives each warp BV columns of one state; none when there is no state.
+fn grid(shape: &Shape, states: usize, config: &RecurrentFwdConfig) -> Result<Option<Grid>, Error> {
+    let columns = 4 * config.lanes_v;
+    // The kernel counts warps in 31 bits.
+    match i32::try_from(states.saturating_mul(shape.v.div_ceil(columns))) {
+        Ok(0) => Ok(None),
+        Ok(warps) => Ok(Some(Grid::x((warps as u32).div_ceil(config.warps as u32)))),
+        Err(_) => {
+            let wanted = format!("such that N * H * ceil(V / {columns}) is at most {}", i32::MAX);
+            Err(Error::Dim { dim: "N", wanted, got: shape.seqs.n() })
+        }
+    }
+}
+
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
@@ -238,12 +274,19 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 
 fn all_units<T: Element>(variant: &RecurrentFwdVariant) -> impl Iterator<Item = Unit> {
     let variant = RecurrentFwdVariant { dtype: T::DTYPE, ..*variant };
-    variant.all().collect::<Vec<_>>().into_iter().map(move |config| unit::<T>(&variant, &config))
+    // The shared memory that a block can ask for on sm_90, sm_100 and sm_120.
+    let smem_bytes = if variant.arch.major() >= 12 { 99 << 10 } else { 227 << 10 };
+    let tokens: &[usize] = if variant.one_token { &[1] } else { &[2, 4, 8] };
+    let stream = tokens.iter().filter_map(move |t| RecurrentFwdStream::new(&variant, *t, smem_bytes));
+    let stream: Vec<Unit> = stream.map(|config| unit_sm90::<T>(&variant, &config)).collect();
+    let direct: Vec<Unit> = variant.all().map(|config| unit::<T>(&variant, &config)).collect();
+    direct.into_iter().chain(stream)
 }
 
 fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) -> Unit {
     // All of these are below 2^31: `new` has checked K and V.
     Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
+        .with_headers(HEADERS)
         .with_min_blocks(config.min_blocks)
         .with("Element", T::DTYPE)
         .with("K", variant.k as i32)
@@ -252,6 +295,21 @@ fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) 
         .with("WARPS", config.warps as i32)
         .with("ONE_TOKEN", variant.one_token)
         .with("PREFETCH", config.prefetch)
+}
+
+fn unit_sm90<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdStream) -> Unit {
+    let threads = 32 * config.warps * config.groups;
+    Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE_SM90, threads as u32)
+        .with_headers(HEADERS)
+        .with_smem_bytes(config.smem_bytes(variant) as u32)
+        .with("Element", T::DTYPE)
+        .with("K", variant.k as i32)
+        .with("V", variant.v as i32)
+        .with("TOKENS", config.tokens as i32)
+        .with("LANES_V", config.lanes_v as i32)
+        .with("WARPS", config.warps as i32)
+        .with("GROUPS", config.groups as i32)
+        .with("SLOTS", config.slots as i32)
 }
 
 /// Twin of `fla::dplr::RecurrentFwdParams`.

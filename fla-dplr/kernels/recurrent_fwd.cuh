@@ -1,0 +1,60 @@
+// recurrent_fwd: one token of the DPLR delta rule on a part of a state in registers.
+//
+// The lanes of a warp lie LANES_V side by side over V, each with COLS columns, and 32 / LANES_V over K, each with BK rows.
+#pragma once
+#include <fla/core/copy.cuh>
+#include <fla/core/math.cuh>
+#include <fla/core/prelude.cuh>
+#include <fla/core/warp.cuh>
+
+namespace fla::dplr {
+
+// Columns of a lane: 16 bytes of state.
+inline constexpr int COLS = 4;
+
+// The widest access, in elements, that keeps every row of `row` elements aligned when the first one is.
+template <class T>
+__device__ constexpr int access_elems(int row) {
+    int n = 16 / sizeof(T);
+    while (row % n != 0) n /= 2;
+    return n;
+}
+
+// The vectors of one token, as far as one lane needs them.
+template <class Element, int BK>
+struct Token {
+    Element q[BK], k[BK], a[BK], b[BK], g[BK];
+    Element v[COLS];
+};
+
+// Equations (1) to (3) of the README: updates the state and returns o before it is scaled, in every lane.
+template <int LANES_V, int BK, class Element>
+__device__ void recurrent_step(float (&r_state)[BK][COLS], float (&r_o)[COLS], const Token<Element, BK>& x) {
+    // (1)
+    float r_r[COLS] = {};
+    #pragma unroll
+    for (int i = 0; i < BK; ++i) {
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) r_r[c] = fmaf(r_state[i][c], to_f32(x.a[i]), r_r[c]);
+    }
+    #pragma unroll
+    for (int c = 0; c < COLS; ++c) r_r[c] = strided_sum<LANES_V>(r_r[c]);
+
+    // (2) and (3)
+    #pragma unroll
+    for (int c = 0; c < COLS; ++c) r_o[c] = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < BK; ++i) {
+        const float decay = exp_approx(to_f32(x.g[i]));
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) {
+            const float added = fmaf(to_f32(x.b[i]), r_r[c], to_f32(x.k[i]) * to_f32(x.v[c]));
+            r_state[i][c] = fmaf(decay, r_state[i][c], added);
+            r_o[c] = fmaf(r_state[i][c], to_f32(x.q[i]), r_o[c]);
+        }
+    }
+    #pragma unroll
+    for (int c = 0; c < COLS; ++c) r_o[c] = strided_sum<LANES_V>(r_o[c]);
+}
+
+}  // namespace fla::dplr
