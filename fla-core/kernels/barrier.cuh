@@ -77,4 +77,16 @@ __device__ inline void griddepcontrol_launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 }
 
+// This block's number in its cluster, and the blocks of the cluster; 0 and 1 without one.
+__device__ inline u32 cluster_ctarank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ inline u32 cluster_nctarank() {
+    u32 blocks;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
+
 }  // namespace fla

@@ -50,7 +50,7 @@ fn decode(bench: &Bench, criterion: &mut Criterion, shape: &Shape) {
         RecurrentFwd::<bf16>::new(bench.device(), shape, &RecurrentFwdOptions::new(1.0)).expect("compiles");
     let bytes = (2 * 4 * shape.state_len() + 2 * (5 * shape.k_len() + 2 * shape.v_len())) as f64;
     // Four times the L2 between two uses of a buffer; but never one set only.
-    let count = (4.0 * bench.device().l2_bytes() as f64 / bytes).ceil().clamp(2.0, 64.0) as usize;
+    let count = bench.rotation(bytes);
     let (mut sets, error) = tensors(bench, &plan, shape, count);
 
     let launches = (count * 4).max(16);

@@ -51,12 +51,7 @@ fn decode(bench: &Bench, criterion: &mut Criterion, b: usize, t: usize, rotate: 
     let plan =
         RecurrentFwd::<bf16>::new(bench.device(), &shape, &RecurrentFwdOptions::new()).expect("compiles");
     let bytes = (2 * 4 * shape.state_len() + 2 * (5 * shape.k_len() + 2 * shape.v_len())) as f64;
-    // Four times the L2 between two uses of a buffer; but never one set only.
-    let sets = if rotate {
-        (4.0 * bench.device().l2_bytes() as f64 / bytes).ceil().clamp(2.0, 64.0) as usize
-    } else {
-        1
-    };
+    let sets = if rotate { bench.rotation(bytes) } else { 1 };
     let (mut sets, error) = tensors(bench, &plan, &shape, sets);
 
     let launches = (sets.len() * 4).max(16);

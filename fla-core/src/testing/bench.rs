@@ -156,6 +156,13 @@ impl Bench {
         self.copy_rate
     }
 
+    /// How many sets of buffers to rotate so that none is found in L2, when a launch reads and writes `bytes`: four
+    /// times the L2 lies between two uses of a set.
+    #[must_use]
+    pub fn rotation(&self, bytes: f64) -> usize {
+        (4.0 * self.device.l2_bytes() as f64 / bytes).ceil().clamp(2.0, 64.0) as usize
+    }
+
     fn measure_copy_rate(&self) -> Result<f64, DriverError> {
         let from = self.stream.alloc_zeros::<u8>(COPY_BYTES)?;
         let mut to = self.stream.alloc_zeros::<u8>(COPY_BYTES)?;
