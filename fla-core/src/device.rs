@@ -220,12 +220,15 @@ impl Device {
     ///
     /// [`Error::OutOfMemory`] with the number of bytes; [`Error::Driver`].
     pub fn alloc<T: DeviceRepr>(&self, stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, Error> {
+        let bytes = len.saturating_mul(size_of::<T>());
+        if isize::try_from(bytes).is_err() {
+            // No memory holds it, and cudarc's product of both would wrap.
+            return Err(Error::OutOfMemory { during: "an allocation", bytes });
+        }
         // SAFETY: callers pass the memory to a kernel that writes all of it before anybody reads.
         let slice = unsafe { stream.alloc::<T>(len) };
         slice.map_err(|error| match Error::driver("an allocation", error) {
-            Error::OutOfMemory { during, .. } => {
-                Error::OutOfMemory { during, bytes: len.saturating_mul(size_of::<T>()) }
-            }
+            Error::OutOfMemory { during, .. } => Error::OutOfMemory { during, bytes },
             other => other,
         })
     }

@@ -106,6 +106,9 @@ fn child_process() {
         "load" => Device::new(0)
             .and_then(|device| device.kernel::<DoubleParams>(&unit()))
             .map(|_| "loaded".to_owned()),
+        "allocate too much" => Device::new(0)
+            .and_then(|device| device.alloc::<f32>(&device.context().default_stream(), usize::MAX / 4 + 2))
+            .map(|x| format!("allocated {}", x.len())),
         "allocate" => Device::new(0)
             .and_then(|device| device.alloc::<f32>(&device.context().default_stream(), 1 << 20))
             .map(|x| format!("allocated {}", x.len())),
@@ -158,6 +161,7 @@ fn an_old_gpu_is_refused() {
 fn out_of_memory_names_the_bytes() {
     let wanted = ["out of memory during an allocation of 4194304 bytes"];
     expect("memory", "allocate", &[("FAKE_FREE_BYTES", "1000000")], &wanted);
+    expect("wraps", "allocate too much", &[], &["out of memory during an allocation of"]);
     expect("enough", "allocate", &[("FAKE_FREE_BYTES", "9000000")], &["allocated 1048576"]);
 }
 
