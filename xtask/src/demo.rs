@@ -43,6 +43,10 @@ pub(crate) struct DemoArgs {
     /// Use the CPU reference even when there is a GPU.
     #[arg(long)]
     cpu: bool,
+    /// Print how many milliseconds the first plan and pass of this operator take, and do nothing else: what the
+    /// demo runs in processes of their own.
+    #[arg(long, value_name = "OPERATOR", hide = true)]
+    first_call: Option<String>,
 }
 
 /// Bytes that are turned into tensors at a time; what bounds the memory of the demo.
@@ -56,6 +60,9 @@ const LONG: u64 = 64 << 10;
 
 /// Runs the command; `Ok(true)` when everything that was compared agrees.
 pub(crate) fn run(args: &DemoArgs) -> Result<bool> {
+    if let Some(name) = &args.first_call {
+        return time_first_call(name);
+    }
     let gpu = if args.cpu { Err("--cpu was given".into()) } else { Gpu::open() };
     let gpu = match gpu {
         Ok(gpu) => {
@@ -75,8 +82,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<bool> {
     let begin = Instant::now();
     let text = Text::open(args.file.as_deref(), args.bytes)?;
     println!("Reading {} bytes: {}.", text.bytes, text.what);
-    if let Some(gpu) = &gpu {
-        print_first_calls(gpu)?;
+    if gpu.is_some() {
+        print_first_calls()?;
     }
     let found = read(text, gpu.as_ref())?;
     print_table(&found, gpu.is_some());
@@ -244,16 +251,27 @@ fn progress(bytes: u64) -> ProgressBar {
     bar
 }
 
-fn print_first_calls(gpu: &Gpu) -> Result<()> {
-    let codes = Codes::new();
-    let segment = Segment::new(&codes, b"", b"a first call is a plan and a pass");
-    println!("\nFirst call, plan and pass     empty kernel cache   filled kernel cache");
-    for operator in OPERATORS {
-        let Some(start) = operator.gpu else { continue };
-        let FirstCall { cold_ms, warm_ms } = gpu.first_call(start, &segment)?;
+fn print_first_calls() -> Result<()> {
+    println!("\nFirst call of a process       empty kernel cache   filled kernel cache");
+    for operator in OPERATORS.iter().filter(|operator| operator.gpu.is_some()) {
+        let FirstCall { cold_ms, warm_ms } = FirstCall::measure(operator.name)?;
         println!("  {:<26} {cold_ms:>16.1} ms {warm_ms:>18.1} ms", operator.name);
     }
+    println!("  A plan and a pass on an open device, with the search for NVRTC.");
     Ok(())
+}
+
+/// The other side of [`FirstCall::measure`]: one call in this process, and its time as the only output.
+fn time_first_call(name: &str) -> Result<bool> {
+    let operator = OPERATORS.iter().find(|operator| operator.name == name);
+    let start = operator.and_then(|operator| operator.gpu).ok_or_else(|| format!("no kernel of `{name}`"))?;
+    let gpu = Gpu::open()?;
+    let codes = Codes::new();
+    let segment = Segment::new(&codes, b"", b"a first call is a plan and a pass");
+    let begin = Instant::now();
+    start(&gpu)?.read(&segment)?;
+    println!("{}", 1e3 * begin.elapsed().as_secs_f64());
+    Ok(true)
 }
 
 fn print_table(found: &Found, on_gpu: bool) {

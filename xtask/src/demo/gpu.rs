@@ -1,13 +1,14 @@
 //! The demo's operators on the GPU: the state stays on the device from one segment to the next.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use fla_core::{Cache, Device, SeqLens, Shape};
+use fla_core::{Device, SeqLens, Shape};
 
 use super::memory::{HEADS, K, Segment, V};
-use super::operators::{DeltaInputs, GpuStart};
+use super::operators::DeltaInputs;
 use crate::Result;
 
 /// A device, and the stream that everything runs on.
@@ -31,12 +32,32 @@ pub(super) trait GpuMemory {
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep>;
 }
 
-/// How long the first call of an operator takes, in milliseconds.
+/// How long the first call of an operator takes in a process of its own, in milliseconds.
 pub(super) struct FirstCall {
     /// With an empty kernel cache: the kernel is compiled.
     pub(super) cold_ms: f64,
-    /// In a new process with a filled cache: the kernel is loaded from disk.
+    /// With a filled cache: the kernel is loaded from disk.
     pub(super) warm_ms: f64,
+}
+
+impl FirstCall {
+    /// Starts this program twice with a cache of its own.
+    pub(super) fn measure(operator: &str) -> Result<FirstCall> {
+        let folder = std::env::temp_dir().join(format!("fla-demo-cache-{}", std::process::id()));
+        let call = || -> Result<f64> {
+            let output = Command::new(std::env::current_exe()?)
+                .args(["demo", "--first-call", operator])
+                .env("FLA_CACHE_DIR", &folder)
+                .output()?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            let error = String::from_utf8_lossy(&output.stderr);
+            text.trim().parse().map_err(|_| format!("the first call of {operator}: {text}{error}").into())
+        };
+        let times = call().and_then(|cold_ms| Ok(FirstCall { cold_ms, warm_ms: call()? }));
+        // Whatever was timed, the folder was only for that; if it stays, it lies in the folder for such things.
+        let _ = std::fs::remove_dir_all(&folder);
+        times
+    }
 }
 
 impl Gpu {
@@ -50,23 +71,6 @@ impl Gpu {
     /// The name and the architecture of the device.
     pub(super) fn describe(&self) -> Result<String> {
         Ok(format!("{}, {}", self.device.context().name()?, self.device.arch()))
-    }
-
-    /// Times the first plan and the first pass over `segment`, with an empty kernel cache and with a filled one.
-    pub(super) fn first_call(&self, start: GpuStart, segment: &Segment<'_>) -> Result<FirstCall> {
-        let folder = std::env::temp_dir().join(format!("fla-demo-cache-{}", std::process::id()));
-        // Each gets a device that has loaded no kernel yet.
-        let call = || -> Result<f64> {
-            let device = self.device.with_cache(Cache::at(&folder));
-            let gpu = Gpu { device, stream: self.stream.clone() };
-            let begin = Instant::now();
-            start(&gpu)?.read(segment)?;
-            Ok(1e3 * begin.elapsed().as_secs_f64())
-        };
-        let times = call().and_then(|cold_ms| Ok(FirstCall { cold_ms, warm_ms: call()? }));
-        // Whatever was timed, the folder was only for that; if it stays, it lies in the folder for such things.
-        let _ = std::fs::remove_dir_all(&folder);
-        times
     }
 
     fn upload(&self, values: &[f32]) -> Result<CudaSlice<f32>> {
