@@ -183,7 +183,8 @@ const ROWS: &[Row] = &[
         classes: CLASSES,
         limit: 1e-5,
     },
-    // Arithmetic and state in f32, outputs rounded to nothing narrower.
+    // Arithmetic and state in f32, outputs rounded to nothing narrower. Worst seen on an H200, 2026-11-20, over the 15
+    // conformance cases of both models: 2.8e-7; over 4096 tokens of text with slow decay, 7.2e-6.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
@@ -192,7 +193,7 @@ const ROWS: &[Row] = &[
         classes: &[Class::Output],
         limit: 1e-5,
     },
-    // The last step rounds to bf16, which alone gives 1.66e-3 on a normal tensor.
+    // The last step rounds to bf16, which alone gives 1.66e-3 on a normal tensor. Worst seen, same cases: 1.9e-3.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
@@ -201,7 +202,7 @@ const ROWS: &[Row] = &[
         classes: &[Class::Output],
         limit: 3e-3,
     },
-    // The last step rounds to f16, which alone gives 2.1e-4 on a normal tensor.
+    // The last step rounds to f16, which alone gives 2.1e-4 on a normal tensor. Worst seen, same cases: 2.3e-4.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
@@ -210,7 +211,8 @@ const ROWS: &[Row] = &[
         classes: &[Class::Output],
         limit: 5e-4,
     },
-    // The state stays in f32 whatever the vectors are, and the reference reads vectors rounded alike.
+    // The state stays in f32 whatever the vectors are, and the reference reads vectors rounded alike. Worst seen, same
+    // cases: 3.7e-7.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
