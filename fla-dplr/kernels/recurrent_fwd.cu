@@ -20,8 +20,8 @@ struct RecurrentFwdParams {
     const Element* q;            // [B, T, H, K]
     const Element* k;            // [B, T, H, K]
     const Element* v;            // [B, T, H, V]
-    const Element* a;            // [B, T, H, K]  reads the state
-    const Element* b;            // [B, T, H, K]  writes what a has read
+    const Element* a;            // [B, T, H, K]  reads the state; or a key
+    const Element* b;            // [B, T, H, K]  writes what a has read; or the rate of the key
     const Element* g;            // [B, T, H, K]  log decay, natural base, at most 0
     const float* initial_state;  // [N, H, K, V]  null: zero
     const i64* cu_seqlens;       // [N + 1]       null: N dense sequences of t tokens
@@ -41,6 +41,7 @@ concept RecurrentFwdConfig = requires {
     Cfg::LANES_V;     // lanes side by side over V, each with 4 columns; the others lie over K
     Cfg::WARPS;       // warps of a block
     Cfg::ONE_TOKEN;   // every sequence has exactly one token
+    Cfg::KEY_AND_RATE;  // a is a key and b its rate: the transition is diag(e^g) - (a b) a^T
     Cfg::PREFETCH;    // load the next token's vectors while this one's are used
 };
 
@@ -120,7 +121,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
 
     const auto step = [&](i64 i_t, const Token<Element, BK>& x) {
         float r_o[COLS];
-        recurrent_step<LANES_V>(r_state, r_o, x);
+        recurrent_step<LANES_V, Cfg::KEY_AND_RATE>(r_state, r_o, x);
         if (row0 == 0) {
             #pragma unroll
             for (int j = 0; j < COLS; j += V_ACCESS) {

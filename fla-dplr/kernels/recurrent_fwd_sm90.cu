@@ -22,8 +22,8 @@ struct RecurrentFwdParams {
     const Element* q;            // [B, T, H, K]
     const Element* k;            // [B, T, H, K]
     const Element* v;            // [B, T, H, V]
-    const Element* a;            // [B, T, H, K]  reads the state
-    const Element* b;            // [B, T, H, K]  writes what a has read
+    const Element* a;            // [B, T, H, K]  reads the state; or a key
+    const Element* b;            // [B, T, H, K]  writes what a has read; or the rate of the key
     const Element* g;            // [B, T, H, K]  log decay, natural base, at most 0
     const float* initial_state;  // [N, H, K, V]  null: zero
     const i64* cu_seqlens;       // [N + 1]       null: here every sequence has t tokens
@@ -44,6 +44,7 @@ concept RecurrentFwdConfig = requires {
     Cfg::LANES_V;   // lanes side by side over V, each with 4 columns; the others lie over K
     Cfg::WARPS;     // warps of a group, side by side over V
     Cfg::GROUPS;    // groups of a block
+    Cfg::KEY_AND_RATE;  // a is a key and b its rate: the transition is diag(e^g) - (a b) a^T
     Cfg::SLOTS;     // states under way or in use for a group
 };
 
@@ -157,7 +158,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element>& p
             read(x.q, s_slot.q + i_t * K + row0);
             read(x.v, s_slot.v + i_t * V + col0);
             float r_o[COLS];
-            recurrent_step<LANES_V>(r_state, r_o, x);
+            recurrent_step<LANES_V, Cfg::KEY_AND_RATE>(r_state, r_o, x);
             if (row0 == 0) {
                 Vec<Element, COLS> piece;
                 #pragma unroll

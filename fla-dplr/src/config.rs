@@ -2,6 +2,8 @@
 
 use fla_core::{Arch, DType};
 
+use crate::Transition;
+
 /// Constants of `recurrent_fwd` that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RecurrentFwdConfig {
@@ -42,6 +44,8 @@ pub(crate) struct RecurrentFwdVariant {
     pub(crate) v: usize,
     /// Every sequence has exactly one token.
     pub(crate) one_token: bool,
+    /// What `a` and `b` are.
+    pub(crate) transition: Transition,
 }
 
 impl RecurrentFwdVariant {
@@ -161,11 +165,17 @@ impl RecurrentFwdStream {
 
 #[cfg(test)]
 mod tests {
-    use super::{RecurrentFwdStream, RecurrentFwdVariant};
+    use super::{RecurrentFwdStream, RecurrentFwdVariant, Transition};
     use fla_core::{Arch, DType};
 
-    const BASE: RecurrentFwdVariant =
-        RecurrentFwdVariant { arch: Arch::SM_90, dtype: DType::Bf16, k: 64, v: 64, one_token: true };
+    const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
+        arch: Arch::SM_90,
+        dtype: DType::Bf16,
+        k: 64,
+        v: 64,
+        one_token: true,
+        transition: Transition::General,
+    };
 
     #[test]
     fn small_batches_are_spread_and_large_ones_keep_more_under_way() {

@@ -8,7 +8,7 @@ pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape
 
 pub use crate::recurrent_fwd::{
     RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,
-    recurrent_fwd,
+    Transition, recurrent_fwd,
 };
 
 /// The kernels that most users run, for compiling ahead with [`Cache::warm`] and for checks: every pass with

@@ -23,19 +23,38 @@ const SOURCE_SM90: Source =
 const HEADERS: &[Source] =
     &[Source { name: "fla/dplr/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") }];
 
+/// How `a` and `b` make the low-rank part of the transition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transition {
+    /// As they are: `diag(e^g) + b a^T`.
+    General,
+    /// `a` is a key, of unit length where the state is to stay bounded, and `b` its rate for each channel:
+    /// `diag(e^g) - (a ⊙ b) a^T`, formed in f32 inside the kernel. RWKV-7 decodes from this form.
+    KeyAndRate,
+}
+
 /// What has no safe default, and what may be changed.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RecurrentFwdOptions {
     /// Factor of the output; `K^-0.5` and 1 are both common, so it must be said.
     pub scale: f32,
+    /// What `a` and `b` are; [`Transition::General`] unless changed.
+    pub transition: Transition,
 }
 
 impl RecurrentFwdOptions {
     /// The options with this factor of the output.
     #[must_use]
     pub const fn new(scale: f32) -> Self {
-        Self { scale }
+        Self { scale, transition: Transition::General }
+    }
+
+    /// Changes what `a` and `b` are.
+    #[must_use]
+    pub const fn with_transition(mut self, transition: Transition) -> Self {
+        self.transition = transition;
+        self
     }
 }
 
@@ -49,9 +68,9 @@ pub struct RecurrentFwdInputs<'a, T> {
     pub k: &'a dyn DevicePtr<T>,
     /// Values: `[B, T, H, V]`.
     pub v: &'a dyn DevicePtr<T>,
-    /// What is read from the state before the decay: `[B, T, H, K]`.
+    /// What is read from the state before the decay, or a key; see [`Transition`]: `[B, T, H, K]`.
     pub a: &'a dyn DevicePtr<T>,
-    /// Where it is written back: `[B, T, H, K]`.
+    /// Where it is written back, or the rate of the key: `[B, T, H, K]`.
     pub b: &'a dyn DevicePtr<T>,
     /// Log decay, natural base, at most 0: `[B, T, H, K]`.
     pub g: &'a dyn DevicePtr<T>,
@@ -138,8 +157,14 @@ impl<T: Element> RecurrentFwd<T> {
             return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
         }
         let one_token = shape.seqs.cu_seqlens().is_none() && shape.seqs.t() == 1;
-        let variant =
-            RecurrentFwdVariant { arch: device.arch(), dtype: T::DTYPE, k: shape.k, v: shape.v, one_token };
+        let variant = RecurrentFwdVariant {
+            arch: device.arch(),
+            dtype: T::DTYPE,
+            k: shape.k,
+            v: shape.v,
+            one_token,
+            transition: options.transition,
+        };
         let states = shape.seqs.n().saturating_mul(shape.h);
         let (unit, grid) = match stream_launch(&variant, shape, device) {
             Some((config, blocks)) => {
@@ -263,10 +288,17 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
         for one_token in [true, false] {
-            let variant = RecurrentFwdVariant { arch, dtype: DType::F32, k, v, one_token };
+            let transition = Transition::General;
+            let variant = RecurrentFwdVariant { arch, dtype: DType::F32, k, v, one_token, transition };
             out.extend(all_units::<f32>(&variant));
             out.extend(all_units::<bf16>(&variant));
             out.extend(all_units::<f16>(&variant));
+            if k == 64 {
+                out.extend(all_units::<bf16>(&RecurrentFwdVariant {
+                    transition: Transition::KeyAndRate,
+                    ..variant
+                }));
+            }
         }
     }
     out
@@ -294,6 +326,7 @@ fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) 
         .with("LANES_V", config.lanes_v as i32)
         .with("WARPS", config.warps as i32)
         .with("ONE_TOKEN", variant.one_token)
+        .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
         .with("PREFETCH", config.prefetch)
 }
 
@@ -308,6 +341,7 @@ fn unit_sm90<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdStr
         .with("TOKENS", config.tokens as i32)
         .with("LANES_V", config.lanes_v as i32)
         .with("WARPS", config.warps as i32)
+        .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
         .with("GROUPS", config.groups as i32)
         .with("SLOTS", config.slots as i32)
 }

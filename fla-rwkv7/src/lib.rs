@@ -5,10 +5,14 @@
 #[doc = include_str!("../../README.md")]
 struct FrontPage;
 
+mod fused_mul_recurrent_fwd;
 mod recurrent_fwd;
 
 pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
 
+pub use crate::fused_mul_recurrent_fwd::{
+    FusedMulRecurrentFwd, FusedMulRecurrentFwdInputs, fused_mul_recurrent_fwd,
+};
 pub use crate::recurrent_fwd::{
     RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,
     recurrent_fwd,

@@ -120,13 +120,7 @@ impl<T: Element> RecurrentFwd<T> {
         x: &RecurrentFwdInputs<'_, T>,
         y: &mut RecurrentFwdOutputs<'_, T>,
     ) -> Result<(), Error> {
-        // A match and not `as_deref_mut`: only a plain `&mut dyn` may shorten the lifetime inside it.
-        let final_state: Option<&mut dyn DevicePtrMut<f32>> = match &mut y.final_state {
-            Some(state) => Some(&mut **state),
-            None => None,
-        };
-        let mut y = fla_dplr::RecurrentFwdOutputs { o: &mut *y.o, final_state };
-        self.dplr.run(stream, &dplr_inputs(x), &mut y).map_err(own_names)
+        self.dplr.run(stream, &dplr_inputs(x), &mut dplr_outputs(y)).map_err(own_names)
     }
 }
 
@@ -147,6 +141,18 @@ pub fn recurrent_fwd<T: Element>(
     let options = fla_dplr::RecurrentFwdOptions::new(options.scale);
     let y = fla_dplr::recurrent_fwd(device, shape, &dplr_inputs(x), &options).map_err(own_names)?;
     Ok(RecurrentFwdResult { o: y.o, final_state: y.final_state })
+}
+
+/// The outputs are the same ones.
+pub(crate) fn dplr_outputs<'b, T>(
+    y: &'b mut RecurrentFwdOutputs<'_, T>,
+) -> fla_dplr::RecurrentFwdOutputs<'b, T> {
+    // A match and not `as_deref_mut`: only a plain `&mut dyn` may shorten the lifetime inside it.
+    let final_state: Option<&mut dyn DevicePtrMut<f32>> = match &mut y.final_state {
+        Some(state) => Some(&mut **state),
+        None => None,
+    };
+    fla_dplr::RecurrentFwdOutputs { o: &mut *y.o, final_state }
 }
 
 /// RWKV's receptance is the query of the delta rule, and its `w` the log decay `g`.

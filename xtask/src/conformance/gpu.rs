@@ -57,6 +57,12 @@ impl Gpu {
                 Dtype::F16 => self.rwkv7::<f16>(case)?,
                 Dtype::F64 => return missing("f64 kernel".to_owned()),
             },
+            (Op::FusedMul, Form::Recurrent) => match dtype {
+                Dtype::F32 => self.rwkv7_fused_mul::<f32>(case)?,
+                Dtype::Bf16 => self.rwkv7_fused_mul::<bf16>(case)?,
+                Dtype::F16 => self.rwkv7_fused_mul::<f16>(case)?,
+                Dtype::F64 => return missing("f64 kernel".to_owned()),
+            },
             (_, Form::Single) => return missing("kernel".to_owned()),
             _ => return missing(format!("{} pass", form.name())),
         };
@@ -99,6 +105,25 @@ impl Gpu {
             initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
         };
         let y = fla_rwkv7::recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
+        Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
+    }
+
+    fn rwkv7_fused_mul<T: Element>(&self, case: &Case) -> Result<Vec<Computed>> {
+        let upload = |name| self.upload::<T>(&case.values(name));
+        let (r, w, k, v, kk, a) =
+            (upload("r")?, upload("w")?, upload("k")?, upload("v")?, upload("kk")?, upload("a")?);
+        let initial_state = self.initial_state(case)?;
+        let options = fla_rwkv7::RecurrentFwdOptions::new().with_scale(case.scale() as f32);
+        let x = fla_rwkv7::FusedMulRecurrentFwdInputs {
+            r: &r,
+            w: &w,
+            k: &k,
+            v: &v,
+            kk: &kk,
+            a: &a,
+            initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+        };
+        let y = fla_rwkv7::fused_mul_recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
         Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
     }
 
