@@ -52,14 +52,20 @@ impl RecurrentFwdVariant {
     /// The choice for `states` states on `sm_count` multiprocessors.
     pub(crate) fn choose(&self, states: usize, sm_count: u32) -> RecurrentFwdConfig {
         let rows = match self.load(states, sm_count) {
-            // Beside the state, a loop over tokens has registers for 16 rows at most.
             _ if !self.one_token && self.k > 64 => Rows::Some,
             0..4 => Rows::Few,
             4..12 => Rows::Some,
-            _ if !self.one_token => Rows::Some,
-            _ => Rows::Many,
+            _ if self.holds_many_rows() => Rows::Many,
+            _ => Rows::Some,
         };
         self.with_rows(rows)
+    }
+
+    /// Whether registers hold 32 rows: there is no loop over tokens beside them, and the heads are of the sizes for which
+    /// the compiler keeps them all. Other heads spill by a few bytes.
+    fn holds_many_rows(&self) -> bool {
+        let most = if self.dtype == DType::F32 { 128 } else { 256 };
+        self.one_token && self.k == self.v && [64, 128, 256].contains(&self.k) && self.k <= most
     }
 
     /// Warps for every multiprocessor, if each held 4096 numbers of a state: 32 rows by 4 columns a lane.
@@ -70,8 +76,8 @@ impl RecurrentFwdVariant {
     /// Every choice that there is, for compiling ahead.
     pub(crate) fn all(&self) -> impl Iterator<Item = RecurrentFwdConfig> {
         let rows: &[Rows] = match (self.one_token, self.k > 64) {
-            (true, _) => &[Rows::Few, Rows::Some, Rows::Many],
-            (false, false) => &[Rows::Few, Rows::Some],
+            (true, _) if self.holds_many_rows() => &[Rows::Few, Rows::Some, Rows::Many],
+            (true, _) | (false, false) => &[Rows::Few, Rows::Some],
             (false, true) => &[Rows::Some],
         };
         rows.iter().map(|rows| self.with_rows(*rows))
@@ -83,9 +89,14 @@ impl RecurrentFwdVariant {
         let lanes_v = 32 / lanes_k;
         // With many rows a block covers 64 columns, so that it reads 256 bytes of each row of the state.
         let warps = if rows == Rows::Many { (16 / lanes_v).max(1) } else { 1 };
-        // 16 warps leave 128 registers to a lane, which on sm_90 just holds vectors of 16 bits.
-        let tight =
-            self.arch == Arch::SM_90 && self.one_token && self.dtype != DType::F32 && rows == Rows::Some;
+        // 16 warps leave 128 registers to a lane, which just do for these heads on sm_90.
+        let tight = self.arch == Arch::SM_90
+            && self.one_token
+            && self.dtype != DType::F32
+            && self.transition == Transition::General
+            && rows == Rows::Some
+            && self.k == self.v
+            && (self.k == 64 || self.k == 128);
         let prefetch = !self.one_token && rows == Rows::Few;
         RecurrentFwdConfig { lanes_v, warps, min_blocks: if tight { 16 } else { 1 }, prefetch }
     }

@@ -386,3 +386,62 @@ unsafe impl<T: Element> Params for RecurrentFwdParams<T> {
         Field::new("scale", "float", offset_of!(Self, scale)),
     ];
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Arch, Element, RecurrentFwdVariant, Transition, all_units, bf16};
+    use fla_core::compile::compile;
+    use fla_core::testing::nvrtc;
+
+    /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
+    fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
+        let mut failures = Vec::new();
+        for &(k, v) in heads {
+            for one_token in [true, false] {
+                for transition in [Transition::General, Transition::KeyAndRate] {
+                    let variant = RecurrentFwdVariant {
+                        arch: Arch::SM_90,
+                        dtype: T::DTYPE,
+                        k,
+                        v,
+                        one_token,
+                        transition,
+                    };
+                    let units = all_units::<T>(&variant);
+                    failures.extend(
+                        units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|e| e.to_string()),
+                    );
+                }
+            }
+        }
+        failures
+    }
+
+    #[test]
+    fn no_shape_spills() {
+        if !nvrtc("no_shape_spills") {
+            return;
+        }
+        // Heads whose rows end anywhere: within an access, within a lane, within a warp.
+        const HEADS: &[(usize, usize)] = &[
+            (1, 1),
+            (7, 20),
+            (33, 64),
+            (48, 63),
+            (64, 64),
+            (65, 64),
+            (100, 72),
+            (128, 128),
+            (200, 20),
+            (255, 512),
+            (256, 256),
+        ];
+        let failures = std::thread::scope(|scope| {
+            let other = scope.spawn(|| failures::<f32>(HEADS));
+            let mut all = failures::<bf16>(HEADS);
+            all.extend(other.join().expect("does not panic"));
+            all
+        });
+        assert!(failures.is_empty(), "{} units\n{}", failures.len(), failures.join("\n"));
+    }
+}
