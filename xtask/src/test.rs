@@ -1,7 +1,8 @@
 //! Everything that can be checked without a GPU, and the GPU tests when there is one.
 
 use std::env;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fla_core::Device;
@@ -79,6 +80,7 @@ fn tests(root: &Path, toolchain: Option<&Toolchain>) -> Step {
 
 /// What would be uploaded is built from its packages alone, which finds a file outside of them.
 fn package(root: &Path) -> Result<Step> {
+    forget_verified_sources(&cargo_home()?)?;
     let mut command = cargo(root);
     command.args(["publish", "--workspace", "--dry-run"]);
     let status = Command::new("git").args(["status", "--porcelain"]).current_dir(root).output();
@@ -88,6 +90,34 @@ fn package(root: &Path) -> Result<Step> {
     }
     command.arg("--allow-dirty");
     Ok(Step::new("package, with uncommitted changes", command))
+}
+
+fn cargo_home() -> Result<PathBuf> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    home.or_else(|| env::home_dir().map(|home| home.join(".cargo")))
+        .ok_or_else(|| "there is no home folder".into())
+}
+
+/// Removes the sources that cargo verified packages of this workspace with.
+///
+/// It verifies a package against the others through a registry of its own, whose sources it keeps by the place of the
+/// checkout and the version alone: a change under the same version would be verified against what was there before it.
+/// Such registries have no host, so their folders have a name that starts with `-`.
+fn forget_verified_sources(cargo_home: &Path) -> Result<()> {
+    let Ok(registries) = fs::read_dir(cargo_home.join("registry/src")) else { return Ok(()) };
+    for registry in registries.flatten() {
+        if !registry.file_name().to_string_lossy().starts_with('-') {
+            continue;
+        }
+        for source in fs::read_dir(registry.path())?.flatten() {
+            if source.file_name().to_string_lossy().starts_with("fla-") {
+                let path = source.path();
+                fs::remove_dir_all(&path)
+                    .map_err(|source| format!("cannot remove {}: {source}", path.display()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The project's own cases, every pass of the reference.
@@ -102,4 +132,24 @@ fn this_program(args: &[&str]) -> Result<Command> {
     let mut command = Command::new(env::current_exe()?);
     command.args(args);
     Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sources_of_cargos_own_registries_are_removed() {
+        let home = env::temp_dir().join(format!("xtask-cargo-home-{}", std::process::id()));
+        let folder = |registry: &str, source: &str| home.join("registry/src").join(registry).join(source);
+        let (stale, other) = (folder("-0123", "fla-core-0.1.0"), folder("-0123", "half-2.7.1"));
+        let published = folder("index.crates.io-0123", "fla-core-0.1.0");
+        for path in [&stale, &other, &published] {
+            fs::create_dir_all(path).unwrap();
+        }
+        forget_verified_sources(&home).unwrap();
+        assert_eq!([&stale, &other, &published].map(|path| path.exists()), [false, true, true]);
+        fs::remove_dir_all(&home).unwrap();
+        forget_verified_sources(&home).unwrap();
+    }
 }
