@@ -80,9 +80,15 @@ fn tests(root: &Path, toolchain: Option<&Toolchain>) -> Step {
 
 /// What would be uploaded is built from its packages alone, which finds a file outside of them.
 fn package(root: &Path) -> Result<Step> {
+    // What cargo built of a package under the same version before, it would take for this one.
+    let built = root.join("target/publish");
+    if built.exists() {
+        fs::remove_dir_all(&built)
+            .map_err(|source| format!("cannot remove {}: {source}", built.display()))?;
+    }
     forget_verified_sources(&cargo_home()?)?;
     let mut command = cargo(root);
-    command.args(["publish", "--workspace", "--dry-run"]);
+    command.args(["publish", "--workspace", "--dry-run", "--target-dir"]).arg(built);
     let status = Command::new("git").args(["status", "--porcelain"]).current_dir(root).output();
     let is_clean = status.is_ok_and(|status| status.stdout.is_empty());
     if is_clean {
