@@ -30,7 +30,7 @@ pub struct Cache {
 
 /// Where a cubin came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// Read from the cache.
     Disk,
     /// Compiled by this call.
@@ -39,11 +39,11 @@ pub enum Origin {
 
 /// Device code with its origin.
 #[derive(Clone, Debug)]
-pub struct Cubin {
+pub(crate) struct Cubin {
     /// The device code.
-    pub bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
     /// Where it came from.
-    pub origin: Origin,
+    pub(crate) origin: Origin,
 }
 
 impl Cache {
@@ -52,11 +52,15 @@ impl Cache {
     /// An empty `FLA_CACHE_DIR` turns the cache off.
     #[must_use]
     pub fn from_env() -> Self {
-        if let Some(dir) = env::var_os("FLA_CACHE_DIR") {
-            return Self { dir: Some(PathBuf::from(dir)).filter(|dir| !dir.as_os_str().is_empty()) };
+        let path = |name| env::var_os(name).map(PathBuf::from);
+        Self::from_paths(path("FLA_CACHE_DIR"), path("XDG_CACHE_HOME"), env::home_dir())
+    }
+
+    fn from_paths(fla: Option<PathBuf>, xdg: Option<PathBuf>, home: Option<PathBuf>) -> Self {
+        if let Some(dir) = fla {
+            return Self { dir: Some(dir).filter(|dir| !dir.as_os_str().is_empty()) };
         }
-        let xdg = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
-        let base = xdg.or_else(|| env::home_dir().map(|home| home.join(".cache")));
+        let base = xdg.filter(|dir| dir.is_absolute()).or_else(|| home.map(|home| home.join(".cache")));
         Self { dir: base.map(|base| base.join("fla")) }
     }
 
@@ -542,6 +546,19 @@ mod tests {
 
     #[test]
     fn the_folder_follows_the_variables() {
+        let dir = |fla: Option<&str>, xdg: Option<&str>, home: Option<&str>| {
+            Cache::from_paths(fla.map(Into::into), xdg.map(Into::into), home.map(Into::into)).dir
+        };
+        let home = Some("/me");
+        assert_eq!(dir(Some("/mine"), Some("/xdg"), home), Some("/mine".into()));
+        assert_eq!(dir(Some(""), Some("/xdg"), home), None, "an empty FLA_CACHE_DIR turns the cache off");
+        assert_eq!(dir(None, Some("/xdg"), home), Some("/xdg/fla".into()));
+        assert_eq!(dir(None, None, home), Some("/me/.cache/fla".into()));
+        for not_absolute in ["", "xdg"] {
+            assert_eq!(dir(None, Some(not_absolute), home), Some("/me/.cache/fla".into()));
+        }
+        assert_eq!(dir(None, None, None), None);
+
         assert_eq!(Cache::at("/x").dir(), Some(Path::new("/x")));
         assert_eq!(Cache::none().dir(), None);
     }

@@ -25,7 +25,7 @@ pub mod testing;
 pub use cudarc;
 
 pub use crate::arch::Arch;
-pub use crate::cache::{Cache, Cubin, Origin};
+pub use crate::cache::Cache;
 pub use crate::chunks::Chunks;
 pub use crate::device::Device;
 pub use crate::dtype::{DType, Element};
