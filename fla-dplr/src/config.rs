@@ -107,7 +107,7 @@ impl RecurrentFwdVariant {
 /// It loads the vectors of all tokens together with the state, so that a few tokens cost little more than one: four
 /// tokens at B = 256, H = 64, K = V = 64 took 165 us on an H200 and 252 us with the other kernel, one token 140 us.
 /// One token alone is in the hands of the memory, and it gains 3 % in a narrow range only
-/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-stream.csv`).
+/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-stream.csv`, the other kernel in `-before-stream.csv` beside it).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RecurrentFwdStream {
     /// Most tokens of a sequence.
