@@ -23,7 +23,8 @@ impl Chunks {
     ///
     /// # Errors
     ///
-    /// [`Error::Dim`] when `c` is 0, or there are more than `i32::MAX` sequences or chunks in one of them.
+    /// [`Error::Dim`] when `c` is 0, or there are more than `i32::MAX` sequences or chunks in one of them;
+    /// [`Error::SeqLens`] when only the device knows the lengths.
     pub fn new(seqs: &SeqLens, c: usize) -> Result<Self, Error> {
         if c == 0 {
             return Err(Error::Dim { dim: "C", wanted: "at least 1".into(), got: 0 });
@@ -34,7 +35,11 @@ impl Chunks {
         let mut table = Vec::new();
         let mut offsets = vec![0];
         for i_n in 0..seqs.n() {
-            let chunks = seqs.len(i_n).div_ceil(c);
+            let Some(len) = seqs.len(i_n) else {
+                let reason = "its offsets are only on the device, but chunks are cut on the host";
+                return Err(Error::SeqLens { reason: reason.into() });
+            };
+            let chunks = len.div_ceil(c);
             index("NT", chunks)?;
             let i_n = index("N", i_n)?;
             for i_c in 0..chunks {

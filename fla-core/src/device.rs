@@ -240,9 +240,18 @@ impl Device {
     /// [`Error::OutOfMemory`] or [`Error::Driver`].
     pub fn upload_offsets(&self, offsets: &[usize]) -> Result<CudaSlice<i64>, Error> {
         let offsets: Vec<i64> = offsets.iter().map(|offset| *offset as i64).collect();
-        let driver = |error| Error::driver("the upload of cu_seqlens", error);
+        self.upload("the upload of cu_seqlens", &offsets)
+    }
+
+    /// A copy of what a plan holds, on the default stream.
+    pub(crate) fn upload<T: DeviceRepr + Clone>(
+        &self,
+        during: &'static str,
+        values: &[T],
+    ) -> Result<CudaSlice<T>, Error> {
+        let driver = |error| Error::driver(during, error);
         let stream = self.context().default_stream();
-        let slice = stream.clone_htod(&offsets).map_err(driver)?;
+        let slice = stream.clone_htod(values).map_err(driver)?;
         // Plans run on any stream, so the copy must have ended before the plan is handed out.
         stream.synchronize().map_err(driver)?;
         Ok(slice)

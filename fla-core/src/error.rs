@@ -113,6 +113,18 @@ pub enum Error {
         /// What was given.
         got: usize,
     },
+    /// A tensor is there and must not be, or the other way round.
+    Presence {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// What it must be, and why.
+        wanted: &'static str,
+    },
+    /// A table of slots does not give each sequence its own states of the pool.
+    Slots {
+        /// What is wrong, with position and values.
+        reason: String,
+    },
     /// `cu_seqlens` does not describe packed sequences.
     SeqLens {
         /// What is wrong, with position and values.
@@ -209,6 +221,8 @@ impl fmt::Display for Error {
             Self::Context { what } => {
                 write!(f, "{what} belongs to another CUDA context than the device of the plan")
             }
+            Self::Presence { tensor, wanted } => write!(f, "`{tensor}` {wanted}"),
+            Self::Slots { reason } => write!(f, "`slots` is not valid: {reason}"),
             Self::Dim { dim, wanted, got } => write!(f, "{dim} must be {wanted}, but is {got}"),
             Self::SeqLens { reason } => write!(f, "`cu_seqlens` is not valid: {reason}"),
             Self::Option { option, wanted, got } => {

@@ -17,6 +17,7 @@ mod params;
 mod unit;
 
 mod kernel;
+mod state;
 mod tma;
 
 #[cfg(feature = "testing")]
@@ -34,6 +35,9 @@ pub use crate::foreign::RawSlice;
 pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_len};
 pub use crate::params::{Field, Params, Ptr, PtrMut};
 pub use crate::shape::{SeqLens, Shape};
+pub use crate::state::{
+    FinalState, StateDims, StateElement, StatePool, StateShape, StateTensors, States, check_slots,
+};
 pub use crate::tma::{Matrix, Swizzle, TensorMap};
 pub use crate::unit::{Constant, Source, Unit};
 
@@ -49,5 +53,8 @@ pub const HEADERS: &[Source] = &[
     Source { name: "fla/core/wgmma.cuh", text: include_str!("../kernels/wgmma.cuh") },
     Source { name: "fla/core/tile.cuh", text: include_str!("../kernels/tile.cuh") },
     Source { name: "fla/core/scan.cuh", text: include_str!("../kernels/scan.cuh") },
+    Source { name: "fla/core/states.cuh", text: include_str!("../kernels/states.cuh") },
+    Source { name: "fla/core/recurrent.cuh", text: include_str!("../kernels/recurrent.cuh") },
+    Source { name: "fla/core/recurrent_stream.cuh", text: include_str!("../kernels/recurrent_stream.cuh") },
     Source { name: "fla/core/tri_inverse.cuh", text: include_str!("../kernels/tri_inverse.cuh") },
 ];

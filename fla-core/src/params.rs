@@ -22,6 +22,14 @@ impl<T> PtrMut<T> {
     pub const NULL: Self = Self(0, PhantomData);
 }
 
+impl<T> PtrMut<T> {
+    /// The same memory to be read, for a tensor that is updated in place.
+    #[must_use]
+    pub const fn as_const(self) -> Ptr<T> {
+        Ptr(self.0, PhantomData)
+    }
+}
+
 // Derived `Clone` and `Copy` would ask for them of `T`.
 impl<T> Clone for Ptr<T> {
     fn clone(&self) -> Self {
@@ -48,13 +56,21 @@ pub struct Field {
     pub cuda_type: &'static str,
     /// Offset from the start of the struct.
     pub offset: usize,
+    /// Fields of this field, when it is a struct that several kernels have.
+    pub nested: &'static [Field],
 }
 
 impl Field {
     /// A field; meant to be written as `Field::new("t", "fla::i32", offset_of!(Self, t))`.
     #[must_use]
     pub const fn new(name: &'static str, cuda_type: &'static str, offset: usize) -> Self {
-        Self { name, cuda_type, offset }
+        Self { name, cuda_type, offset, nested: &[] }
+    }
+
+    /// A field that is a struct with a twin of its own.
+    #[must_use]
+    pub const fn nested<P: Params>(name: &'static str, offset: usize) -> Self {
+        Self { name, cuda_type: P::CUDA_TYPE, offset, nested: P::FIELDS }
     }
 }
 

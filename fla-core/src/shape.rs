@@ -1,23 +1,31 @@
 //! Sizes of an operator's tensors: how the token axis is cut into sequences, heads and channels.
 
-use crate::Error;
+use crate::{Error, StateDims, StateShape, check_len};
 
 /// How the `[B, T]` rows of a batch are cut into `N` sequences.
 ///
-/// Either dense, `B` sequences of `T` tokens each, or packed, where `B` is 1 and `cu_seqlens` cuts the one row.
-/// Checked once, when it is made.
+/// Either dense, `B` sequences of `T` tokens each, or packed, where `B` is 1 and `cu_seqlens` cuts the one row; packed
+/// offsets are known when a plan is made, or only on the device. Checked once, when it is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SeqLens {
     b: usize,
     t: usize,
-    cu_seqlens: Option<Vec<usize>>,
+    n: usize,
+    offsets: Offsets,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Offsets {
+    Dense,
+    Host(Vec<usize>),
+    Device,
 }
 
 impl SeqLens {
     /// `b` sequences of `t` tokens each. Either may be 0.
     #[must_use]
     pub const fn dense(b: usize, t: usize) -> Self {
-        Self { b, t, cu_seqlens: None }
+        Self { b, t, n: b, offsets: Offsets::Dense }
     }
 
     /// Packed sequences: number `n` owns the tokens `cu_seqlens[n]..cu_seqlens[n + 1]` of one row of `t`.
@@ -49,7 +57,17 @@ impl SeqLens {
         if *last != t {
             return error(format!("it must end at T, which is {t}, but ends at {last}"));
         }
-        Ok(Self { b: 1, t, cu_seqlens: Some(cu_seqlens.to_vec()) })
+        Ok(Self { b: 1, t, n: cu_seqlens.len() - 1, offsets: Offsets::Host(cu_seqlens.to_vec()) })
+    }
+
+    /// `n` packed sequences in one row of `t` tokens, whose offsets are read on the device whenever a pass runs: a
+    /// captured graph follows them. Only passes with an input `cu_seqlens` take them.
+    ///
+    /// Offsets outside of the row are taken for its ends and a sequence that would end before it starts for an empty one,
+    /// so nothing is read or written out of bounds whatever they are; tokens of no sequence are left alone.
+    #[must_use]
+    pub const fn packed_on_device(n: usize, t: usize) -> Self {
+        Self { b: 1, t, n, offsets: Offsets::Device }
     }
 
     /// Batch: rows of the token axis.
@@ -66,20 +84,54 @@ impl SeqLens {
 
     /// Number of sequences, `N`.
     #[must_use]
-    pub fn n(&self) -> usize {
-        self.cu_seqlens.as_ref().map_or(self.b, |offsets| offsets.len() - 1)
+    pub const fn n(&self) -> usize {
+        self.n
     }
 
-    /// Offsets of packed sequences; none when dense.
+    /// Offsets of packed sequences; none when dense, and none when only the device knows them.
     #[must_use]
     pub fn cu_seqlens(&self) -> Option<&[usize]> {
-        self.cu_seqlens.as_deref()
+        match &self.offsets {
+            Offsets::Host(offsets) => Some(offsets),
+            Offsets::Dense | Offsets::Device => None,
+        }
     }
 
-    /// Tokens of sequence `i_n`, which is below [`SeqLens::n`].
+    /// Whether every sequence has [`SeqLens::t`] tokens.
     #[must_use]
-    pub fn len(&self, i_n: usize) -> usize {
-        self.cu_seqlens.as_ref().map_or(self.t, |offsets| offsets[i_n + 1] - offsets[i_n])
+    pub const fn is_dense(&self) -> bool {
+        matches!(self.offsets, Offsets::Dense)
+    }
+
+    /// Whether only the device knows the offsets.
+    #[must_use]
+    pub const fn is_on_device(&self) -> bool {
+        matches!(self.offsets, Offsets::Device)
+    }
+
+    /// Tokens of sequence `i_n`, which is below [`SeqLens::n`]; none where only the device knows.
+    #[must_use]
+    pub fn len(&self, i_n: usize) -> Option<usize> {
+        match &self.offsets {
+            Offsets::Dense => Some(self.t),
+            Offsets::Host(offsets) => Some(offsets[i_n + 1] - offsets[i_n]),
+            Offsets::Device => None,
+        }
+    }
+
+    /// Checks that the input `cu_seqlens` of a call is there when, and only when, it is to be read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Presence`], or [`Error::Len`] when it has not `N + 1` elements.
+    pub fn check_cu_seqlens(&self, cu_seqlens: Option<usize>) -> Result<(), Error> {
+        let presence = |wanted| Err(Error::Presence { tensor: "cu_seqlens", wanted });
+        match (self.is_on_device(), cu_seqlens) {
+            (true, Some(len)) => check_len("cu_seqlens", "[N + 1]", self.n + 1, len),
+            (true, None) => presence("must be given, since the plan is for offsets on the device"),
+            (false, Some(_)) => presence("must be absent, since the plan knows the lengths"),
+            (false, None) => Ok(()),
+        }
     }
 
     /// Whether there is no token at all.
@@ -119,6 +171,17 @@ impl Shape {
     #[must_use]
     pub fn state_len(&self) -> usize {
         product([self.seqs.n(), self.h, self.k, self.v])
+    }
+
+    /// What the states of these sequences are.
+    #[must_use]
+    pub fn state_shape(&self) -> StateShape {
+        StateShape {
+            n: self.seqs.n(),
+            rows: product([self.seqs.b(), self.seqs.t(), 1, 1]),
+            elems: product([self.h, self.k, self.v, 1]),
+            dims: StateDims::Matrix,
+        }
     }
 
     /// Checks the dims of a head against the limits of a pass.
@@ -164,7 +227,7 @@ mod tests {
         }
         let seqs = SeqLens::packed(&[0, 0, 3, 3, 4], 4).expect("empty members are allowed");
         assert_eq!((seqs.b(), seqs.t(), seqs.n()), (1, 4, 4));
-        assert_eq!((0..4).map(|n| seqs.len(n)).collect::<Vec<_>>(), [0, 3, 0, 1]);
+        assert_eq!((0..4).filter_map(|n| seqs.len(n)).collect::<Vec<_>>(), [0, 3, 0, 1]);
         assert_eq!(SeqLens::packed(&[0], 0).map(|s| s.n()).ok(), Some(0));
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::{self, Write};
 
 use crate::params::Layout;
-use crate::{Arch, DType, Params};
+use crate::{Arch, DType, Field, Params};
 
 /// A CUDA file that travels inside the binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -217,14 +217,11 @@ impl Unit {
             self.layout.bytes
         );
         for field in self.layout.fields {
-            let (name, cuda_type, offset) = (field.name, field.cuda_type, field.offset);
-            let _ = writeln!(
-                text,
-                "static_assert(__INTADDR__(&(({params}*)0)->{name}) == {offset}, \
-                 \"{params}::{name}: offset differs between Rust and CUDA\");\n\
-                 static_assert(fla::same<decltype({params}::{name}), {cuda_type}>, \
-                 \"{params}::{name}: type differs between Rust and CUDA\");"
-            );
+            assert_field(&mut text, params, "", field);
+            for inner in field.nested {
+                let at = Field { offset: field.offset + inner.offset, ..*inner };
+                assert_field(&mut text, params, &format!("{}.", field.name), &at);
+            }
         }
         if self.smem_bytes > 0 {
             let shared = format!("fla::{krate}::{}Shared<Cfg>", upper_camel(stem));
@@ -256,6 +253,19 @@ impl Unit {
         }
         key.into_bytes()
     }
+}
+
+/// Asserts where a field of `params` lies and what it is; `within` is the field around it and a dot, or nothing.
+fn assert_field(text: &mut String, params: &str, within: &str, field: &Field) {
+    let Field { name, cuda_type, offset, .. } = field;
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        "static_assert(__INTADDR__(&(({params}*)0)->{within}{name}) == {offset}, \
+         \"{params}::{within}{name}: offset differs between Rust and CUDA\");\n\
+         static_assert(fla::same<decltype({params}::{within}{name}), {cuda_type}>, \
+         \"{params}::{within}{name}: type differs between Rust and CUDA\");"
+    );
 }
 
 /// The name in `#include <name>`.

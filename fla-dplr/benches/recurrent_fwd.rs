@@ -3,7 +3,7 @@
 use criterion::Criterion;
 use fla_core::cudarc::driver::CudaSlice;
 use fla_core::testing::{Bench, Case};
-use fla_core::{Error, SeqLens, Shape};
+use fla_core::{Error, FinalState, SeqLens, Shape};
 use fla_dplr::{RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs};
 use fla_reference::compare::relative_rms;
 use fla_reference::inputs::{Gates, Rng};
@@ -21,8 +21,21 @@ struct Tensors {
 impl Tensors {
     fn run(&mut self, bench: &Bench, plan: &RecurrentFwd<bf16>) -> Result<(), Error> {
         let [q, g, k, v, a, b] = &self.vectors;
-        let x = RecurrentFwdInputs { q, g, k, v, a, b, initial_state: Some(&self.initial_state) };
-        let mut y = RecurrentFwdOutputs { o: &mut self.o, final_state: Some(&mut self.final_state) };
+        let x = RecurrentFwdInputs {
+            q,
+            g,
+            k,
+            v,
+            a,
+            b,
+            initial_state: Some(&self.initial_state),
+            cu_seqlens: None,
+        };
+        let mut y = RecurrentFwdOutputs {
+            o: &mut self.o,
+            final_state: FinalState::New(&mut self.final_state),
+            token_states: None,
+        };
         plan.run(bench.stream(), &x, &mut y)
     }
 }

@@ -43,8 +43,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     initial_state[shape.state_len() / 2..].fill(0.01);
     let initial_state = stream.clone_htod(&initial_state)?;
 
-    let x =
-        RecurrentFwdInputs { q: &q, k: &k, v: &v, a: &a, b: &b, g: &g, initial_state: Some(&initial_state) };
+    let x = RecurrentFwdInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        a: &a,
+        b: &b,
+        g: &g,
+        initial_state: Some(&initial_state),
+        cu_seqlens: None,
+    };
     let y = recurrent_fwd(&device, &shape, &x, &RecurrentFwdOptions::new((K as f32).powf(-0.5)))?;
 
     let o = stream.clone_dtoh(&y.o)?;

@@ -1,27 +1,14 @@
 // recurrent_fwd: one token of the DPLR delta rule on a part of a state in registers.
-//
-// The lanes of a warp lie LANES_V side by side over V, each with COLS columns, and 32 / LANES_V over K, each with BK rows.
 #pragma once
-#include <fla/core/copy.cuh>
 #include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
+#include <fla/core/recurrent.cuh>
 #include <fla/core/warp.cuh>
 
 namespace fla::dplr {
 
-// Columns of a lane: 16 bytes of state.
-inline constexpr int COLS = 4;
-
-// The widest access, in elements, that keeps every row of `row` elements aligned when the first one is.
-template <class T>
-__device__ constexpr int access_elems(int row) {
-    int n = 16 / sizeof(T);
-    while (row % n != 0) n /= 2;
-    return n;
-}
-
 // The vectors of one token, as far as one lane needs them.
-template <class Element, int BK>
+template <class Element, int BK, int COLS>
 struct Token {
     Element q[BK], k[BK], a[BK], b[BK], g[BK];
     Element v[COLS];
@@ -29,8 +16,10 @@ struct Token {
 
 // Equations (1) to (3) of the README: updates the state and returns o before it is scaled, in every lane. With
 // KEY_AND_RATE, `x.a` is a key and `x.b` a rate, which stand for a = -key and b = key * rate.
-template <int LANES_V, bool KEY_AND_RATE, int BK, class Element>
-__device__ void recurrent_step(float (&r_state)[BK][COLS], float (&r_o)[COLS], const Token<Element, BK>& x) {
+template <int LANES_V, bool KEY_AND_RATE, int BK, int COLS, class Element>
+__device__ void recurrent_step(
+    float (&r_state)[BK][COLS], float (&r_o)[COLS], const Token<Element, BK, COLS>& x
+) {
     // (1)
     float r_r[COLS] = {};
     #pragma unroll

@@ -7,7 +7,7 @@ use crate::Transition;
 /// Constants of `recurrent_fwd` that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RecurrentFwdConfig {
-    /// Lanes side by side over V, each with 4 columns of the state; the other lanes of the warp lie over K.
+    /// Lanes side by side over V, each with 16 bytes of a row of the state; the other lanes of the warp lie over K.
     pub(crate) lanes_v: usize,
     /// Warps of a block.
     pub(crate) warps: usize,
@@ -17,7 +17,7 @@ pub(crate) struct RecurrentFwdConfig {
     pub(crate) prefetch: bool,
 }
 
-/// How many rows of the state a lane holds, times 4 columns: many rows keep much of the state under way at once,
+/// How many rows of the state a lane holds, times 4 columns, or half as many rows of 8 columns where the state is bf16: many rows keep much of the state under way at once,
 /// few rows spread a small state over more multiprocessors.
 ///
 /// One token, H = 64, K = V = 64, bf16 vectors, H200, microseconds by graph replay over rotating buffers
@@ -40,6 +40,8 @@ enum Rows {
 pub(crate) struct RecurrentFwdVariant {
     pub(crate) arch: Arch,
     pub(crate) dtype: DType,
+    /// What states are stored as.
+    pub(crate) state: DType,
     pub(crate) k: usize,
     pub(crate) v: usize,
     /// Every sequence has exactly one token.
@@ -49,6 +51,11 @@ pub(crate) struct RecurrentFwdVariant {
 }
 
 impl RecurrentFwdVariant {
+    /// Columns of a lane: 16 bytes of a row of the state.
+    pub(crate) const fn cols(&self) -> usize {
+        16 / self.state.bytes()
+    }
+
     /// The choice for `states` states on `sm_count` multiprocessors.
     pub(crate) fn choose(&self, states: usize, sm_count: u32) -> RecurrentFwdConfig {
         let rows = match self.load(states, sm_count) {
@@ -61,11 +68,10 @@ impl RecurrentFwdVariant {
         self.with_rows(rows)
     }
 
-    /// Whether registers hold 32 rows: there is no loop over tokens beside them, and the heads are of the sizes for which
-    /// the compiler keeps them all. Other heads spill by a few bytes.
+    /// Whether registers hold 32 rows: there is no loop over tokens beside them, vectors are of 16 bits, and the heads are
+    /// of the sizes for which the compiler keeps them all. Others spill.
     fn holds_many_rows(&self) -> bool {
-        let most = if self.dtype == DType::F32 { 128 } else { 256 };
-        self.one_token && self.k == self.v && [64, 128, 256].contains(&self.k) && self.k <= most
+        self.one_token && self.dtype != DType::F32 && self.k == self.v && [64, 128, 256].contains(&self.k)
     }
 
     /// Warps for every multiprocessor, if each held 4096 numbers of a state: 32 rows by 4 columns a lane.
@@ -84,15 +90,18 @@ impl RecurrentFwdVariant {
     }
 
     fn with_rows(&self, rows: Rows) -> RecurrentFwdConfig {
+        // As many numbers of the state for other columns, but whole accesses of the vectors over K.
+        let own_rows = (rows as usize * 4 / self.cols()).max(16 / self.dtype.bytes());
         // Lanes over K that give each this many rows, as a power of two.
-        let lanes_k = self.k.div_ceil(rows as usize).next_power_of_two().min(32);
+        let lanes_k = self.k.div_ceil(own_rows).next_power_of_two().min(32);
         let lanes_v = 32 / lanes_k;
-        // With many rows a block covers 64 columns, so that it reads 256 bytes of each row of the state.
-        let warps = if rows == Rows::Many { (16 / lanes_v).max(1) } else { 1 };
+        // With many rows a block covers 64 columns, so that it reads 256 bytes of each row of an f32 state.
+        let warps = if rows == Rows::Many { (64 / self.cols() / lanes_v).max(1) } else { 1 };
         // 16 warps leave 128 registers to a lane, which just do for these heads on sm_90.
         let tight = self.arch == Arch::SM_90
             && self.one_token
             && self.dtype != DType::F32
+            && self.state == DType::F32
             && self.transition == Transition::General
             && rows == Rows::Some
             && self.k == self.v
@@ -112,7 +121,7 @@ impl RecurrentFwdVariant {
 pub(crate) struct RecurrentFwdStream {
     /// Most tokens of a sequence.
     pub(crate) tokens: usize,
-    /// Lanes side by side over V, each with 4 columns of the state; the other lanes of the warp lie over K.
+    /// Lanes side by side over V, each with 16 bytes of a row of the state; the other lanes of the warp lie over K.
     pub(crate) lanes_v: usize,
     /// Warps that share a state, side by side over V.
     pub(crate) warps: usize,
@@ -134,14 +143,14 @@ impl RecurrentFwdStream {
         }
         // A lane holds 16 rows of the state, or fewer.
         let warps = (k * v).div_ceil(2048).next_power_of_two();
-        let lanes_v = v / 4 / warps;
+        let lanes_v = v / variant.cols() / warps;
         let rows = k * lanes_v / 32;
         // The lanes cover the state without a rest, and every copy and access is a multiple of 16 bytes.
         // One token of a larger state is faster with the other kernel.
         let fits = warps <= if t == 1 { 2 } else { 8 }
             && lanes_v.is_power_of_two()
             && lanes_v <= 32
-            && lanes_v * 4 * warps == v
+            && lanes_v * variant.cols() * warps == v
             && rows * 32 == k * lanes_v
             && [rows, k, v].iter().all(|n| (n * dtype.bytes()).is_multiple_of(16));
         // As many groups as make 8 warps, or as there is room for with two slots each; a third slot where it fits.
@@ -158,8 +167,9 @@ impl RecurrentFwdStream {
 
     /// Size of the kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn smem_bytes(&self, variant: &RecurrentFwdVariant) -> usize {
-        let RecurrentFwdVariant { dtype, k, v, .. } = *variant;
-        let slot = (4 * k * v + self.tokens * (5 * k + v) * dtype.bytes()).next_multiple_of(128);
+        let RecurrentFwdVariant { dtype, state, k, v, .. } = *variant;
+        let vectors = self.tokens * (5 * k + v) * dtype.bytes();
+        let slot = (state.bytes() * k * v + vectors + size_of::<i64>()).next_multiple_of(128);
         let slots = self.groups * self.slots;
         (slots * slot + slots * size_of::<u64>()).next_multiple_of(128)
     }
@@ -182,6 +192,7 @@ mod tests {
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
         arch: Arch::SM_90,
         dtype: DType::Bf16,
+        state: DType::F32,
         k: 64,
         v: 64,
         one_token: true,

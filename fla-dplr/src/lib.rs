@@ -4,7 +4,10 @@ mod recurrent_fwd;
 
 mod config;
 
-pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
+pub use fla_core::{
+    Arch, Cache, Device, Element, Error, FinalState, RawSlice, SeqLens, Shape, StateElement, StatePool,
+    check_slots, cudarc,
+};
 
 pub use crate::recurrent_fwd::{
     RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,

@@ -3,10 +3,10 @@
 use std::mem::offset_of;
 use std::sync::Arc;
 
-use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
 use fla_core::{
-    Arch, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit,
-    check_len,
+    Arch, DType, Device, Element, Error, Field, FinalState, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source,
+    StateElement, StateTensors, States, Unit, check_len,
 };
 use half::{bf16, f16};
 
@@ -61,7 +61,7 @@ impl RecurrentFwdOptions {
 /// What the pass reads. Contiguous, each at a multiple of 16 bytes.
 #[derive(Clone, Copy)]
 #[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
-pub struct RecurrentFwdInputs<'a, T> {
+pub struct RecurrentFwdInputs<'a, T, S = f32> {
     /// Queries: `[B, T, H, K]`.
     pub q: &'a dyn DevicePtr<T>,
     /// Keys: `[B, T, H, K]`.
@@ -74,17 +74,22 @@ pub struct RecurrentFwdInputs<'a, T> {
     pub b: &'a dyn DevicePtr<T>,
     /// Log decay, natural base, at most 0: `[B, T, H, K]`.
     pub g: &'a dyn DevicePtr<T>,
-    /// State before the first token of each sequence, or zero when absent: `[N, H, K, V]`.
-    pub initial_state: Option<&'a dyn DevicePtr<f32>>,
+    /// State before the first token of each sequence: `[N, H, K, V]`. Zero when absent, unless
+    /// [`RecurrentFwdOutputs::final_state`] holds the states.
+    pub initial_state: Option<&'a dyn DevicePtr<S>>,
+    /// Offsets of the sequences, for [`SeqLens::packed_on_device`](fla_core::SeqLens::packed_on_device) only: `[N + 1]`.
+    pub cu_seqlens: Option<&'a dyn DevicePtr<i64>>,
 }
 
 /// What the pass writes, whole.
 #[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
-pub struct RecurrentFwdOutputs<'a, T> {
+pub struct RecurrentFwdOutputs<'a, T, S = f32> {
     /// Outputs: `[B, T, H, V]`.
     pub o: &'a mut dyn DevicePtrMut<T>,
-    /// State after the last token of each sequence, when wanted: `[N, H, K, V]`.
-    pub final_state: Option<&'a mut dyn DevicePtrMut<f32>>,
+    /// State after the last token of each sequence: `[N, H, K, V]`, or slots of a pool `[S, H, K, V]`.
+    pub final_state: FinalState<'a, S>,
+    /// State after every token, when wanted: `[B, T, H, K, V]`.
+    pub token_states: Option<&'a mut dyn DevicePtrMut<S>>,
 }
 
 /// What the one-call form returns.
@@ -102,22 +107,24 @@ pub struct RecurrentFwdResult<T> {
 /// S_t = (diag(e^{g_t}) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
 /// ```
 ///
-/// | tensor              | shape          | dtype          | meaning                                    |
-/// |---------------------|----------------|----------------|--------------------------------------------|
-/// | `q`, `k`, `a`, `b`  | `[B, T, H, K]` | `T`            | queries, keys, low-rank transition         |
-/// | `v`                 | `[B, T, H, V]` | `T`            | values                                     |
-/// | `g`                 | `[B, T, H, K]` | `T`            | log decay, natural base, at most 0         |
-/// | `initial_state`     | `[N, H, K, V]` | f32            | optional; zero when absent                 |
-/// | `o` (out)           | `[B, T, H, V]` | `T`            | outputs                                    |
-/// | `final_state` (out) | `[N, H, K, V]` | f32            | optional; not computed to memory if absent |
+/// | tensor               | shape             | dtype | meaning                                         |
+/// |----------------------|-------------------|-------|-------------------------------------------------|
+/// | `q`, `k`, `a`, `b`   | `[B, T, H, K]`    | `T`   | queries, keys, low-rank transition              |
+/// | `v`                  | `[B, T, H, V]`    | `T`   | values                                          |
+/// | `g`                  | `[B, T, H, K]`    | `T`   | log decay, natural base, at most 0              |
+/// | `initial_state`      | `[N, H, K, V]`    | `S`   | optional; zero when absent                      |
+/// | `cu_seqlens`         | `[N + 1]`         | i64   | only where the host does not know the lengths   |
+/// | `o` (out)            | `[B, T, H, V]`    | `T`   | outputs                                         |
+/// | `final_state` (out)  | `[N, H, K, V]`    | `S`   | optional: new, in place, or in a pool `[S, ..]` |
+/// | `token_states` (out) | `[B, T, H, K, V]` | `S`   | optional: the state after every token           |
 ///
-/// `T` is f32, bf16 or f16; K is at most 256 and V at most 512, any size. A sequence without tokens hands its
-/// state through. The values of `g` are not checked: above 0 the state grows, which the operator computes as
-/// asked.
+/// `T` is f32, bf16 or f16 and `S` f32 or bf16; K is at most 256 and V at most 512, any size. A sequence without
+/// tokens hands its state through. The values of `g` are not checked: above 0 the state grows, which the operator
+/// computes as asked. A server passes its pool of states with [`FinalState::Pool`], and captures the call in a graph.
 ///
 /// # Numerics
 ///
-/// Everything is widened to f32 and the state never leaves it; `o` is rounded once. The error against the
+/// Everything is widened to f32, the state too, which is rounded to `S` where it is stored; `o` is rounded once. The error against the
 /// float64 recurrence stays under the rows `dplr, recurrent_fwd` of `fla_reference::tolerance`. Sums are taken
 /// in a fixed order: the same inputs give the same bits.
 ///
@@ -129,8 +136,8 @@ pub struct RecurrentFwdResult<T> {
 /// The DPLR form of the delta rule: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution",
 /// arXiv:2503.14456.
 #[derive(Debug)]
-pub struct RecurrentFwd<T> {
-    kernel: Kernel<RecurrentFwdParams<T>>,
+pub struct RecurrentFwd<T, S = f32> {
+    kernel: Kernel<RecurrentFwdParams<T, S>>,
     shape: Shape,
     cu_seqlens: Option<CudaSlice<i64>>,
     scale: f32,
@@ -142,7 +149,7 @@ const fn is_shareable<T: Send + Sync>() {}
 // A plan may be made on one thread and run on others.
 const _: () = is_shareable::<RecurrentFwd<bf16>>();
 
-impl<T: Element> RecurrentFwd<T> {
+impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
     /// Checks the shape, compiles or loads the kernel, and uploads the offsets of packed sequences.
     ///
     /// # Errors
@@ -156,10 +163,11 @@ impl<T: Element> RecurrentFwd<T> {
         if !scale.is_finite() {
             return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
         }
-        let one_token = shape.seqs.cu_seqlens().is_none() && shape.seqs.t() == 1;
+        let one_token = shape.seqs.is_dense() && shape.seqs.t() == 1;
         let variant = RecurrentFwdVariant {
             arch: device.arch(),
             dtype: T::DTYPE,
+            state: S::DTYPE,
             k: shape.k,
             v: shape.v,
             one_token,
@@ -169,12 +177,12 @@ impl<T: Element> RecurrentFwd<T> {
         let (unit, grid) = match stream_launch(&variant, shape, device) {
             Some((config, blocks)) => {
                 tracing::debug!(?variant, ?config, blocks, "dplr recurrent_fwd streams its states");
-                (unit_sm90::<T>(&variant, &config), Some(Grid::x(blocks)))
+                (unit_sm90::<T, S>(&variant, &config), Some(Grid::x(blocks)))
             }
             None => {
                 let config = variant.choose(states, device.sm_count());
                 tracing::debug!(?variant, ?config, "dplr recurrent_fwd");
-                (unit::<T>(&variant, &config), grid(shape, states, &config)?)
+                (unit::<T, S>(&variant, &config), grid(&variant, states, &config)?)
             }
         };
         let kernel = device.kernel(&unit)?;
@@ -186,27 +194,29 @@ impl<T: Element> RecurrentFwd<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Len`] and [`Error::Align`], which name the tensor; [`Error::Context`] when the stream belongs to
-    /// another context; [`Error::Driver`] when the launch is refused. Nothing has been launched then.
+    /// [`Error::Len`], [`Error::Align`] and [`Error::Presence`], which name the tensor; [`Error::Context`] when the
+    /// stream belongs to another context; [`Error::Driver`] when the launch is refused. Nothing has been launched then.
     pub fn run(
         &self,
         stream: &CudaStream,
-        x: &RecurrentFwdInputs<'_, T>,
-        y: &mut RecurrentFwdOutputs<'_, T>,
+        x: &RecurrentFwdInputs<'_, T, S>,
+        y: &mut RecurrentFwdOutputs<'_, T, S>,
     ) -> Result<(), Error> {
         let Shape { seqs, h, .. } = &self.shape;
-        let (k_len, v_len, state_len) = (self.shape.k_len(), self.shape.v_len(), self.shape.state_len());
+        let (k_len, v_len) = (self.shape.k_len(), self.shape.v_len());
         for (name, tensor) in [("q", x.q), ("k", x.k), ("a", x.a), ("b", x.b), ("g", x.g)] {
             check_len(name, "[B, T, H, K]", k_len, tensor.len())?;
         }
         check_len("v", "[B, T, H, V]", v_len, x.v.len())?;
         check_len("o", "[B, T, H, V]", v_len, y.o.len())?;
-        if let Some(state) = x.initial_state {
-            check_len("initial_state", "[N, H, K, V]", state_len, state.len())?;
-        }
-        if let Some(state) = &y.final_state {
-            check_len("final_state", "[N, H, K, V]", state_len, state.len())?;
-        }
+        seqs.check_cu_seqlens(x.cu_seqlens.map(DeviceSlice::len))?;
+        let state_shape = self.shape.state_shape();
+        let states = StateTensors {
+            initial_state: x.initial_state,
+            final_state: &mut y.final_state,
+            token_states: y.token_states.as_deref_mut(),
+        };
+        states.check(&state_shape)?;
         let Some(grid) = self.grid else { return Ok(()) };
         self.kernel.launch(stream, grid, |bind| RecurrentFwdParams {
             q: bind.read("q", x.q),
@@ -215,10 +225,12 @@ impl<T: Element> RecurrentFwd<T> {
             a: bind.read("a", x.a),
             b: bind.read("b", x.b),
             g: bind.read("g", x.g),
-            initial_state: bind.read_opt("initial_state", x.initial_state),
-            cu_seqlens: bind.read_opt("cu_seqlens", self.cu_seqlens.as_ref()),
+            cu_seqlens: match x.cu_seqlens {
+                Some(offsets) => bind.read("cu_seqlens", offsets),
+                None => bind.read_opt("cu_seqlens", self.cu_seqlens.as_ref()),
+            },
             o: bind.write("o", &mut *y.o),
-            final_state: bind.write_opt("final_state", y.final_state.as_deref_mut()),
+            states: states.bind(bind, &state_shape),
             n: seqs.n() as i64,
             t: seqs.t() as i64,
             // `new` has checked that H fits.
@@ -231,7 +243,7 @@ impl<T: Element> RecurrentFwd<T> {
 /// Makes the plan, allocates the outputs and runs, on the stream of `q`.
 ///
 /// The compiled kernel comes from the device's cache, so a second call costs no compilation; but for decoding
-/// keep a [`RecurrentFwd`], which allocates nothing.
+/// keep a [`RecurrentFwd`], which allocates nothing and takes states of every type.
 ///
 /// # Errors
 ///
@@ -242,14 +254,14 @@ pub fn recurrent_fwd<T: Element>(
     x: &RecurrentFwdInputs<'_, T>,
     options: &RecurrentFwdOptions,
 ) -> Result<RecurrentFwdResult<T>, Error> {
-    let plan = RecurrentFwd::new(device, shape, options)?;
+    let plan = RecurrentFwd::<T>::new(device, shape, options)?;
     let stream: Arc<CudaStream> = x.q.stream().clone();
     let mut y = RecurrentFwdResult {
         o: device.alloc(&stream, shape.v_len())?,
         final_state: device.alloc(&stream, shape.state_len())?,
     };
-    let mut outputs = RecurrentFwdOutputs { o: &mut y.o, final_state: Some(&mut y.final_state) };
-    plan.run(&stream, x, &mut outputs)?;
+    let final_state = FinalState::New(&mut y.final_state);
+    plan.run(&stream, x, &mut RecurrentFwdOutputs { o: &mut y.o, final_state, token_states: None })?;
     Ok(y)
 }
 
@@ -259,7 +271,7 @@ fn stream_launch(
     shape: &Shape,
     device: &Device,
 ) -> Option<(RecurrentFwdStream, u32)> {
-    if shape.seqs.cu_seqlens().is_some() {
+    if !shape.seqs.is_dense() {
         return None;
     }
     let config = RecurrentFwdStream::new(variant, shape.seqs.t(), device.smem_bytes() as usize)?;
@@ -271,15 +283,19 @@ fn stream_launch(
 }
 
 /// The blocks of the kernel that gives each warp BV columns of one state; none when there is no state.
-fn grid(shape: &Shape, states: usize, config: &RecurrentFwdConfig) -> Result<Option<Grid>, Error> {
-    let columns = 4 * config.lanes_v;
+fn grid(
+    variant: &RecurrentFwdVariant,
+    states: usize,
+    config: &RecurrentFwdConfig,
+) -> Result<Option<Grid>, Error> {
+    let columns = variant.cols() * config.lanes_v;
     // The kernel counts warps in 31 bits.
-    match i32::try_from(states.saturating_mul(shape.v.div_ceil(columns))) {
+    match i32::try_from(states.saturating_mul(variant.v.div_ceil(columns))) {
         Ok(0) => Ok(None),
         Ok(warps) => Ok(Some(Grid::x((warps as u32).div_ceil(config.warps as u32)))),
         Err(_) => {
             let wanted = format!("such that N * H * ceil(V / {columns}) is at most {}", i32::MAX);
-            Err(Error::Dim { dim: "N", wanted, got: shape.seqs.n() })
+            Err(Error::Dim { dim: "N * H", wanted, got: states })
         }
     }
 }
@@ -289,12 +305,14 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
         for one_token in [true, false] {
             let transition = Transition::General;
-            let variant = RecurrentFwdVariant { arch, dtype: DType::F32, k, v, one_token, transition };
-            out.extend(all_units::<f32>(&variant));
-            out.extend(all_units::<bf16>(&variant));
-            out.extend(all_units::<f16>(&variant));
+            let (dtype, state) = (DType::F32, DType::F32);
+            let variant = RecurrentFwdVariant { arch, dtype, state, k, v, one_token, transition };
+            out.extend(all_units::<f32, f32>(&variant));
+            out.extend(all_units::<bf16, f32>(&variant));
+            out.extend(all_units::<f16, f32>(&variant));
             if k == 64 {
-                out.extend(all_units::<bf16>(&RecurrentFwdVariant {
+                out.extend(all_units::<bf16, bf16>(&variant));
+                out.extend(all_units::<bf16, f32>(&RecurrentFwdVariant {
                     transition: Transition::KeyAndRate,
                     ..variant
                 }));
@@ -304,23 +322,24 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     out
 }
 
-fn all_units<T: Element>(variant: &RecurrentFwdVariant) -> impl Iterator<Item = Unit> {
-    let variant = RecurrentFwdVariant { dtype: T::DTYPE, ..*variant };
+fn all_units<T: Element, S: StateElement>(variant: &RecurrentFwdVariant) -> impl Iterator<Item = Unit> {
+    let variant = RecurrentFwdVariant { dtype: T::DTYPE, state: S::DTYPE, ..*variant };
     // The shared memory that a block can ask for on sm_90, sm_100 and sm_120.
     let smem_bytes = if variant.arch.major() >= 12 { 99 << 10 } else { 227 << 10 };
     let tokens: &[usize] = if variant.one_token { &[1] } else { &[2, 4, 8] };
     let stream = tokens.iter().filter_map(move |t| RecurrentFwdStream::new(&variant, *t, smem_bytes));
-    let stream: Vec<Unit> = stream.map(|config| unit_sm90::<T>(&variant, &config)).collect();
-    let direct: Vec<Unit> = variant.all().map(|config| unit::<T>(&variant, &config)).collect();
+    let stream: Vec<Unit> = stream.map(|config| unit_sm90::<T, S>(&variant, &config)).collect();
+    let direct: Vec<Unit> = variant.all().map(|config| unit::<T, S>(&variant, &config)).collect();
     direct.into_iter().chain(stream)
 }
 
-fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) -> Unit {
+fn unit<T: Element, S: StateElement>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) -> Unit {
     // All of these are below 2^31: `new` has checked K and V.
-    Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
+    Unit::new::<RecurrentFwdParams<T, S>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
         .with_headers(HEADERS)
         .with_min_blocks(config.min_blocks)
         .with("Element", T::DTYPE)
+        .with("State", S::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
         .with("LANES_V", config.lanes_v as i32)
@@ -330,12 +349,16 @@ fn unit<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdConfig) 
         .with("PREFETCH", config.prefetch)
 }
 
-fn unit_sm90<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdStream) -> Unit {
+fn unit_sm90<T: Element, S: StateElement>(
+    variant: &RecurrentFwdVariant,
+    config: &RecurrentFwdStream,
+) -> Unit {
     let threads = 32 * config.warps * config.groups;
-    Unit::new::<RecurrentFwdParams<T>>("dplr", "recurrent_fwd", SOURCE_SM90, threads as u32)
+    Unit::new::<RecurrentFwdParams<T, S>>("dplr", "recurrent_fwd", SOURCE_SM90, threads as u32)
         .with_headers(HEADERS)
         .with_smem_bytes(config.smem_bytes(variant) as u32)
         .with("Element", T::DTYPE)
+        .with("State", S::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
         .with("TOKENS", config.tokens as i32)
@@ -349,17 +372,16 @@ fn unit_sm90<T: Element>(variant: &RecurrentFwdVariant, config: &RecurrentFwdStr
 /// Twin of `fla::dplr::RecurrentFwdParams`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct RecurrentFwdParams<T> {
+struct RecurrentFwdParams<T, S> {
     q: Ptr<T>,
     k: Ptr<T>,
     v: Ptr<T>,
     a: Ptr<T>,
     b: Ptr<T>,
     g: Ptr<T>,
-    initial_state: Ptr<f32>,
     cu_seqlens: Ptr<i64>,
     o: PtrMut<T>,
-    final_state: PtrMut<f32>,
+    states: States<S>,
     n: i64,
     t: i64,
     h: i32,
@@ -367,8 +389,8 @@ struct RecurrentFwdParams<T> {
 }
 
 // SAFETY: `#[repr(C)]`, and the fields are listed in order.
-unsafe impl<T: Element> Params for RecurrentFwdParams<T> {
-    const CUDA_TYPE: &'static str = "fla::dplr::RecurrentFwdParams<Cfg::Element>";
+unsafe impl<T: Element, S: StateElement> Params for RecurrentFwdParams<T, S> {
+    const CUDA_TYPE: &'static str = "fla::dplr::RecurrentFwdParams<Cfg::Element, Cfg::State>";
     const FIELDS: &'static [Field] = &[
         Field::new("q", "const Cfg::Element*", offset_of!(Self, q)),
         Field::new("k", "const Cfg::Element*", offset_of!(Self, k)),
@@ -376,10 +398,9 @@ unsafe impl<T: Element> Params for RecurrentFwdParams<T> {
         Field::new("a", "const Cfg::Element*", offset_of!(Self, a)),
         Field::new("b", "const Cfg::Element*", offset_of!(Self, b)),
         Field::new("g", "const Cfg::Element*", offset_of!(Self, g)),
-        Field::new("initial_state", "const float*", offset_of!(Self, initial_state)),
         Field::new("cu_seqlens", "const fla::i64*", offset_of!(Self, cu_seqlens)),
         Field::new("o", "Cfg::Element*", offset_of!(Self, o)),
-        Field::new("final_state", "float*", offset_of!(Self, final_state)),
+        Field::nested::<States<S>>("states", offset_of!(Self, states)),
         Field::new("n", "fla::i64", offset_of!(Self, n)),
         Field::new("t", "fla::i64", offset_of!(Self, t)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
@@ -389,12 +410,12 @@ unsafe impl<T: Element> Params for RecurrentFwdParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, RecurrentFwdVariant, Transition, all_units, bf16};
+    use super::{Arch, Element, RecurrentFwdVariant, StateElement, Transition, all_units, bf16};
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
     /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
-    fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
+    fn failures<T: Element, S: StateElement>(heads: &[(usize, usize)]) -> Vec<String> {
         let mut failures = Vec::new();
         for &(k, v) in heads {
             for one_token in [true, false] {
@@ -402,12 +423,13 @@ mod tests {
                     let variant = RecurrentFwdVariant {
                         arch: Arch::SM_90,
                         dtype: T::DTYPE,
+                        state: S::DTYPE,
                         k,
                         v,
                         one_token,
                         transition,
                     };
-                    let units = all_units::<T>(&variant);
+                    let units = all_units::<T, S>(&variant);
                     failures.extend(
                         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|e| e.to_string()),
                     );
@@ -437,8 +459,9 @@ mod tests {
             (256, 256),
         ];
         let failures = std::thread::scope(|scope| {
-            let other = scope.spawn(|| failures::<f32>(HEADS));
-            let mut all = failures::<bf16>(HEADS);
+            let other = scope.spawn(|| failures::<f32, f32>(HEADS));
+            let mut all = failures::<bf16, f32>(HEADS);
+            all.extend(failures::<bf16, bf16>(HEADS));
             all.extend(other.join().expect("does not panic"));
             all
         });

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::testing::{Guarded, Poison, gpu, run_cases, same_bits};
-use fla_core::{DType, Device, Error, SeqLens, Shape};
+use fla_core::{DType, Device, Error, FinalState, SeqLens, Shape};
 use fla_dplr::{RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, recurrent_fwd};
 use fla_reference::compare::relative_rms;
 use fla_reference::inputs::{Gates, REGIMES, Rng, Storage, round_to};
@@ -224,9 +224,10 @@ fn run<T: Poison>(
             b: &b,
             g: &g,
             initial_state: initial.as_ref().map(|s| s as &dyn DevicePtr<f32>),
+            cu_seqlens: None,
         };
-        let final_state = last.as_mut().map(|s| s as &mut dyn DevicePtrMut<f32>);
-        plan.run(stream, &x, &mut RecurrentFwdOutputs { o: &mut o, final_state })?;
+        let final_state = last.as_mut().map(|s| s as &mut dyn DevicePtrMut<f32>).into();
+        plan.run(stream, &x, &mut RecurrentFwdOutputs { o: &mut o, final_state, token_states: None })?;
     }
     Ok((o.read(), last.as_mut().map(Guarded::read)))
 }
@@ -363,7 +364,16 @@ fn the_one_call_form_gives_the_plans_bits() {
     let (a, b, g) = (input(&problem.a), input(&problem.b), input(&problem.g));
     let initial: Vec<f32> = problem.initial_state.iter().flatten().map(|x| *x as f32).collect();
     let initial = stream.clone_htod(&initial).expect("copies");
-    let x = RecurrentFwdInputs { q: &q, k: &k, v: &v, a: &a, b: &b, g: &g, initial_state: Some(&initial) };
+    let x = RecurrentFwdInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        a: &a,
+        b: &b,
+        g: &g,
+        initial_state: Some(&initial),
+        cu_seqlens: None,
+    };
     let y = recurrent_fwd(&device, &BASE.shape(), &x, &RecurrentFwdOptions::new(BASE.scale as f32))
         .expect("runs");
     assert_eq!(same_bits("o", &o, &stream.clone_dtoh(&y.o).expect("copies")), Ok(()));
@@ -400,7 +410,16 @@ fn offsets_beyond_two_to_the_31_are_right() {
     };
     let (q, k, v) = (far(&problem.q), far(&problem.k), far(&problem.v));
     let (a, b, g) = (far(&problem.a), far(&problem.b), far(&problem.g));
-    let x = RecurrentFwdInputs { q: &q, k: &k, v: &v, a: &a, b: &b, g: &g, initial_state: None };
+    let x = RecurrentFwdInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        a: &a,
+        b: &b,
+        g: &g,
+        initial_state: None,
+        cu_seqlens: None,
+    };
     let y = recurrent_fwd(&device, &case.shape(), &x, &RecurrentFwdOptions::new(case.scale as f32))
         .expect("runs");
     let o = stream.clone_dtoh(&y.o.slice(LONG * H * 64..)).expect("copies");
@@ -428,26 +447,51 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
         ("g", |x, bad| x.g = bad),
         ("initial_state", |x, bad| x.initial_state = Some(bad)),
     ];
-    let x = RecurrentFwdInputs { q: &k, k: &k, v: &v, a: &k, b: &k, g: &k, initial_state: Some(&s) };
+    let x = RecurrentFwdInputs {
+        q: &k,
+        k: &k,
+        v: &v,
+        a: &k,
+        b: &k,
+        g: &k,
+        initial_state: Some(&s),
+        cu_seqlens: None,
+    };
     let mut o = Guarded::<f32>::output(&stream, "o", 64);
     for (name, spoil) in spoils {
         let mut x = x;
         spoil(&mut x, &bad);
         let mut view = o.view_mut();
-        let error = plan.run(&stream, &x, &mut RecurrentFwdOutputs { o: &mut view, final_state: None });
+        let error = plan.run(
+            &stream,
+            &x,
+            &mut RecurrentFwdOutputs { o: &mut view, final_state: FinalState::Dropped, token_states: None },
+        );
         let text = error.expect_err(name).to_string();
         assert!(text.starts_with(&format!("`{name}` is [")) && text.ends_with("but holds 127"), "{text}");
     }
     let x_odd = RecurrentFwdInputs { k: &misaligned, ..x };
-    let error =
-        plan.run(&stream, &x_odd, &mut RecurrentFwdOutputs { o: &mut o.view_mut(), final_state: None });
+    let error = plan.run(
+        &stream,
+        &x_odd,
+        &mut RecurrentFwdOutputs {
+            o: &mut o.view_mut(),
+            final_state: FinalState::Dropped,
+            token_states: None,
+        },
+    );
     assert!(matches!(error, Err(Error::Align { tensor: "k", wanted: 16, .. })), "{error:?}");
     let mut short = good(63);
-    let error = plan.run(&stream, &x, &mut RecurrentFwdOutputs { o: &mut short, final_state: None });
+    let error = plan.run(
+        &stream,
+        &x,
+        &mut RecurrentFwdOutputs { o: &mut short, final_state: FinalState::Dropped, token_states: None },
+    );
     assert!(matches!(error, Err(Error::Len { tensor: "o", wanted: 64, got: 63, .. })), "{error:?}");
     let mut last = good(3);
     let mut view = o.view_mut();
-    let mut y = RecurrentFwdOutputs { o: &mut view, final_state: Some(&mut last) };
+    let mut y =
+        RecurrentFwdOutputs { o: &mut view, final_state: FinalState::New(&mut last), token_states: None };
     let error = plan.run(&stream, &x, &mut y);
     assert!(matches!(error, Err(Error::Len { tensor: "final_state", .. })), "{error:?}");
     // None of the refused calls has written anything.
@@ -495,8 +539,13 @@ fn a_captured_graph_gives_the_same_bits() {
                 b: &b,
                 g: &g,
                 initial_state: Some(&initial),
+                cu_seqlens: None,
             };
-            plan.run(stream, &x, &mut RecurrentFwdOutputs { o: &mut o, final_state: None })
+            plan.run(
+                stream,
+                &x,
+                &mut RecurrentFwdOutputs { o: &mut o, final_state: FinalState::Dropped, token_states: None },
+            )
         })
         .expect("captures");
     for _ in 0..2 {

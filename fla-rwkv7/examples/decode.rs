@@ -7,8 +7,8 @@
 use std::error::Error;
 
 use fla_rwkv7::{
-    Device, RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, SeqLens, Shape,
-    recurrent_fwd,
+    Device, FinalState, RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, SeqLens,
+    Shape, recurrent_fwd,
 };
 
 /// Heads, key channels, value channels, tokens.
@@ -85,16 +85,30 @@ fn main() -> Result<(), Box<dyn Error>> {
             a: &a.slice(at_k.clone()),
             b: &b.slice(at_k.clone()),
             initial_state: Some(&state),
+            cu_seqlens: None,
         };
         let mut o_token = o.slice_mut(at_v);
-        let mut y = RecurrentFwdOutputs { o: &mut o_token, final_state: Some(&mut next) };
+        let mut y = RecurrentFwdOutputs {
+            o: &mut o_token,
+            final_state: FinalState::New(&mut next),
+            token_states: None,
+        };
         plan.run(&stream, &x, &mut y)?;
         std::mem::swap(&mut state, &mut next);
     }
 
     // The same tokens in one call, as a prompt is read.
     let shape = Shape { seqs: SeqLens::dense(1, T), ..one_token };
-    let x = RecurrentFwdInputs { r: &r, w: &w, k: &k, v: &v, a: &a, b: &b, initial_state: None };
+    let x = RecurrentFwdInputs {
+        r: &r,
+        w: &w,
+        k: &k,
+        v: &v,
+        a: &a,
+        b: &b,
+        initial_state: None,
+        cu_seqlens: None,
+    };
     let whole = recurrent_fwd(&device, &shape, &x, &RecurrentFwdOptions::new())?;
 
     let (decoded, whole) = (stream.clone_dtoh(&o)?, stream.clone_dtoh(&whole.o)?);

@@ -1,7 +1,7 @@
 //! The recurrent forward pass of RWKV-7 from the normalised key and its rate, as decoding has them.
 
 use fla_core::cudarc::driver::{CudaStream, DevicePtr};
-use fla_core::{Device, Element, Error, Shape};
+use fla_core::{Device, Element, Error, Shape, StateElement};
 use fla_dplr::Transition;
 
 use crate::recurrent_fwd::{RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult, dplr_outputs};
@@ -9,7 +9,7 @@ use crate::recurrent_fwd::{RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFw
 /// What the pass reads. Contiguous, each at a multiple of 16 bytes.
 #[derive(Clone, Copy)]
 #[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
-pub struct FusedMulRecurrentFwdInputs<'a, T> {
+pub struct FusedMulRecurrentFwdInputs<'a, T, S = f32> {
     /// Receptance: `[B, T, H, K]`.
     pub r: &'a dyn DevicePtr<T>,
     /// Log decay, natural base, at most 0; the model's is in (-0.6065, 0): `[B, T, H, K]`.
@@ -22,8 +22,11 @@ pub struct FusedMulRecurrentFwdInputs<'a, T> {
     pub kk: &'a dyn DevicePtr<T>,
     /// In-context learning rates, in [0, 1]: `[B, T, H, K]`.
     pub a: &'a dyn DevicePtr<T>,
-    /// State before the first token of each sequence, or zero when absent: `[N, H, K, V]`.
-    pub initial_state: Option<&'a dyn DevicePtr<f32>>,
+    /// State before the first token of each sequence: `[N, H, K, V]`. Zero when absent, unless
+    /// [`RecurrentFwdOutputs::final_state`] holds the states.
+    pub initial_state: Option<&'a dyn DevicePtr<S>>,
+    /// Offsets of the sequences, for [`SeqLens::packed_on_device`](fla_core::SeqLens::packed_on_device) only: `[N + 1]`.
+    pub cu_seqlens: Option<&'a dyn DevicePtr<i64>>,
 }
 
 /// [`RecurrentFwd`](crate::RecurrentFwd) with `a = -kk` and `b = kk ⊙ a` formed inside, which saves the launches and
@@ -33,15 +36,17 @@ pub struct FusedMulRecurrentFwdInputs<'a, T> {
 /// S_t = (diag(e^{w_t}) - (kk_t ⊙ a_t) kk_t^T) S_{t-1} + k_t v_t^T        o_t = scale S_t^T r_t
 /// ```
 ///
-/// | tensor              | shape          | dtype | meaning                                      |
-/// |---------------------|----------------|-------|----------------------------------------------|
-/// | `r`, `k`            | `[B, T, H, K]` | `T`   | receptance, keys                             |
-/// | `w`                 | `[B, T, H, K]` | `T`   | log decay, natural base, at most 0           |
-/// | `v`                 | `[B, T, H, V]` | `T`   | values                                       |
-/// | `kk`, `a`           | `[B, T, H, K]` | `T`   | normalised keys, in-context learning rates   |
-/// | `initial_state`     | `[N, H, K, V]` | f32   | optional; zero when absent                   |
-/// | `o` (out)           | `[B, T, H, V]` | `T`   | outputs                                      |
-/// | `final_state` (out) | `[N, H, K, V]` | f32   | optional; not written to memory when absent  |
+/// | tensor               | shape             | dtype | meaning                                         |
+/// |----------------------|-------------------|-------|-------------------------------------------------|
+/// | `r`, `k`             | `[B, T, H, K]`    | `T`   | receptance, keys                                |
+/// | `w`                  | `[B, T, H, K]`    | `T`   | log decay, natural base, at most 0              |
+/// | `v`                  | `[B, T, H, V]`    | `T`   | values                                          |
+/// | `kk`, `a`            | `[B, T, H, K]`    | `T`   | normalised keys, in-context learning rates      |
+/// | `initial_state`      | `[N, H, K, V]`    | `S`   | optional; zero when absent                      |
+/// | `cu_seqlens`         | `[N + 1]`         | i64   | only where the host does not know the lengths   |
+/// | `o` (out)            | `[B, T, H, V]`    | `T`   | outputs                                         |
+/// | `final_state` (out)  | `[N, H, K, V]`    | `S`   | optional: new, in place, or in a pool `[S, ..]` |
+/// | `token_states` (out) | `[B, T, H, K, V]` | `S`   | optional: the state after every token           |
 ///
 /// # Numerics
 ///
@@ -52,11 +57,11 @@ pub struct FusedMulRecurrentFwdInputs<'a, T> {
 /// Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution", arXiv:2503.14456. FLA's function is
 /// `fused_mul_recurrent_rwkv7`.
 #[derive(Debug)]
-pub struct FusedMulRecurrentFwd<T> {
-    dplr: fla_dplr::RecurrentFwd<T>,
+pub struct FusedMulRecurrentFwd<T, S = f32> {
+    dplr: fla_dplr::RecurrentFwd<T, S>,
 }
 
-impl<T: Element> FusedMulRecurrentFwd<T> {
+impl<T: Element, S: StateElement> FusedMulRecurrentFwd<T, S> {
     /// Checks the shape and gets the kernel ready.
     ///
     /// # Errors
@@ -74,8 +79,8 @@ impl<T: Element> FusedMulRecurrentFwd<T> {
     pub fn run(
         &self,
         stream: &CudaStream,
-        x: &FusedMulRecurrentFwdInputs<'_, T>,
-        y: &mut RecurrentFwdOutputs<'_, T>,
+        x: &FusedMulRecurrentFwdInputs<'_, T, S>,
+        y: &mut RecurrentFwdOutputs<'_, T, S>,
     ) -> Result<(), Error> {
         self.dplr.run(stream, &dplr_inputs(x), &mut dplr_outputs(y)).map_err(own_names)
     }
@@ -102,9 +107,9 @@ fn dplr_options(options: &RecurrentFwdOptions) -> fla_dplr::RecurrentFwdOptions 
 }
 
 /// The normalised key is what reads the state, and the rate what it is written back with.
-fn dplr_inputs<'a, T>(x: &FusedMulRecurrentFwdInputs<'a, T>) -> fla_dplr::RecurrentFwdInputs<'a, T> {
-    let FusedMulRecurrentFwdInputs { r, w, k, v, kk, a, initial_state } = *x;
-    fla_dplr::RecurrentFwdInputs { q: r, k, v, a: kk, b: a, g: w, initial_state }
+fn dplr_inputs<'a, T, S>(x: &FusedMulRecurrentFwdInputs<'a, T, S>) -> fla_dplr::RecurrentFwdInputs<'a, T, S> {
+    let FusedMulRecurrentFwdInputs { r, w, k, v, kk, a, initial_state, cu_seqlens } = *x;
+    fla_dplr::RecurrentFwdInputs { q: r, k, v, a: kk, b: a, g: w, initial_state, cu_seqlens }
 }
 
 /// An error about a tensor of the delta rule is about what the caller passed in its place.

@@ -8,7 +8,10 @@ struct FrontPage;
 mod fused_mul_recurrent_fwd;
 mod recurrent_fwd;
 
-pub use fla_core::{Arch, Cache, Device, Element, Error, RawSlice, SeqLens, Shape, cudarc};
+pub use fla_core::{
+    Arch, Cache, Device, Element, Error, FinalState, RawSlice, SeqLens, Shape, StateElement, StatePool,
+    check_slots, cudarc,
+};
 
 pub use crate::fused_mul_recurrent_fwd::{
     FusedMulRecurrentFwd, FusedMulRecurrentFwdInputs, fused_mul_recurrent_fwd,

@@ -2,7 +2,7 @@
 
 use fla_core::cudarc::driver::{DevicePtr, DevicePtrMut};
 use fla_core::testing::{Guarded, Poison, gpu, run_cases, same_bits};
-use fla_core::{DType, SeqLens, Shape};
+use fla_core::{DType, FinalState, SeqLens, Shape};
 use fla_reference::compare::relative_rms;
 use fla_reference::inputs::{Gates, Rng, Storage, round_to};
 use fla_reference::tolerance::{Backend, Class, Dtype, Key, Model, Pass, limit};
@@ -67,7 +67,7 @@ fn check<T: Poison + Storage>(case: &Case) -> Result<(), String> {
     let initial = initial.as_ref().map(Guarded::view);
     let [r, w, k, v, kk, a] = &views;
     let initial_state = initial.as_ref().map(|state| state as &dyn DevicePtr<f32>);
-    let x = FusedMulRecurrentFwdInputs { r, w, k, v, kk, a, initial_state };
+    let x = FusedMulRecurrentFwdInputs { r, w, k, v, kk, a, initial_state, cu_seqlens: None };
     let options = RecurrentFwdOptions::new();
     let plan = FusedMulRecurrentFwd::<T>::new(&device, &shape, &options).map_err(|e| e.to_string())?;
     let mut o = Guarded::<T>::output(&stream, "o", shape.v_len());
@@ -75,7 +75,8 @@ fn check<T: Poison + Storage>(case: &Case) -> Result<(), String> {
     {
         let (mut o, mut last) = (o.view_mut(), last.view_mut());
         let final_state: &mut dyn DevicePtrMut<f32> = &mut last;
-        let mut y = RecurrentFwdOutputs { o: &mut o, final_state: Some(final_state) };
+        let mut y =
+            RecurrentFwdOutputs { o: &mut o, final_state: FinalState::New(final_state), token_states: None };
         plan.run(&stream, &x, &mut y).map_err(|e| e.to_string())?;
     }
     let (o, last) = (o.read(), last.read());
@@ -129,6 +130,7 @@ fn errors_use_the_names_of_this_form() {
         kk: &good,
         a: &good,
         initial_state: None,
+        cu_seqlens: None,
     };
     let mut o = stream.alloc_zeros::<f32>(64).expect("fits");
     for (x, name) in [
@@ -137,7 +139,11 @@ fn errors_use_the_names_of_this_form() {
         (FusedMulRecurrentFwdInputs { kk: &bad, ..x }, "`kk` is"),
         (FusedMulRecurrentFwdInputs { a: &bad, ..x }, "`a` is"),
     ] {
-        let error = plan.run(&stream, &x, &mut RecurrentFwdOutputs { o: &mut o, final_state: None });
+        let error = plan.run(
+            &stream,
+            &x,
+            &mut RecurrentFwdOutputs { o: &mut o, final_state: FinalState::Dropped, token_states: None },
+        );
         let error = error.expect_err(name).to_string();
         assert!(error.starts_with(name), "{error}");
     }

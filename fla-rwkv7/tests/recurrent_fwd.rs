@@ -2,7 +2,7 @@
 
 use fla_core::cudarc::driver::{DevicePtr, DevicePtrMut};
 use fla_core::testing::{Guarded, Poison, gpu, run_cases, same_bits};
-use fla_core::{DType, SeqLens, Shape};
+use fla_core::{DType, FinalState, SeqLens, Shape};
 use fla_reference::compare::relative_rms;
 use fla_reference::inputs::{Gates, REGIMES, Rng, Storage, round_to};
 use fla_reference::tolerance::{Backend, Class, Dtype, Key, Model, Pass, limit};
@@ -69,7 +69,7 @@ fn check<T: Poison + Storage>(case: &Case) -> Result<(), String> {
     let initial = initial.as_ref().map(Guarded::view);
     let [r, w, k, v, a, b] = &views;
     let initial_state = initial.as_ref().map(|s| s as &dyn DevicePtr<f32>);
-    let x = RecurrentFwdInputs { r, w, k, v, a, b, initial_state };
+    let x = RecurrentFwdInputs { r, w, k, v, a, b, initial_state, cu_seqlens: None };
     let plan =
         RecurrentFwd::<T>::new(&device, &shape, &RecurrentFwdOptions::new()).map_err(|e| e.to_string())?;
     let mut results = Vec::new();
@@ -79,7 +79,11 @@ fn check<T: Poison + Storage>(case: &Case) -> Result<(), String> {
         {
             let (mut o, mut last) = (o.view_mut(), last.view_mut());
             let final_state: &mut dyn DevicePtrMut<f32> = &mut last;
-            let mut y = RecurrentFwdOutputs { o: &mut o, final_state: Some(final_state) };
+            let mut y = RecurrentFwdOutputs {
+                o: &mut o,
+                final_state: FinalState::New(final_state),
+                token_states: None,
+            };
             plan.run(&stream, &x, &mut y).map_err(|e| e.to_string())?;
         }
         results.push((o.read(), last.read()));
@@ -145,6 +149,7 @@ fn errors_use_the_models_names() {
         a: &good,
         b: &good,
         initial_state: None,
+        cu_seqlens: None,
     };
     let mut o = stream.alloc_zeros::<f32>(64).expect("fits");
     for (x, text) in [
@@ -152,7 +157,11 @@ fn errors_use_the_models_names() {
         (RecurrentFwdInputs { w: &bad, ..x }, "`w` is [B, T, H, K], which is 64 elements here, but holds 65"),
         (RecurrentFwdInputs { w: &misaligned, ..x }, "`w` must lie at a multiple of 16 bytes"),
     ] {
-        let error = plan.run(&stream, &x, &mut RecurrentFwdOutputs { o: &mut o, final_state: None });
+        let error = plan.run(
+            &stream,
+            &x,
+            &mut RecurrentFwdOutputs { o: &mut o, final_state: FinalState::Dropped, token_states: None },
+        );
         let error = error.expect_err(text).to_string();
         assert!(error.starts_with(text), "{error}");
     }

@@ -84,6 +84,7 @@ impl Gpu {
             b: &b,
             g: &g,
             initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+            cu_seqlens: None,
         };
         let y = fla_dplr::recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
         Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
@@ -103,6 +104,7 @@ impl Gpu {
             a: &a,
             b: &b,
             initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+            cu_seqlens: None,
         };
         let y = fla_rwkv7::recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
         Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
@@ -122,6 +124,7 @@ impl Gpu {
             kk: &kk,
             a: &a,
             initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+            cu_seqlens: None,
         };
         let y = fla_rwkv7::fused_mul_recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
         Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use fla_core::{Device, SeqLens, Shape};
+use fla_core::{Device, FinalState, SeqLens, Shape};
 
 use super::memory::{HEADS, K, Segment, V};
 use super::operators::DeltaInputs;
@@ -157,8 +157,13 @@ impl GpuMemory for Rwkv7 {
                 a: &x.a,
                 b: &x.b,
                 initial_state: resident.initial_state(),
+                cu_seqlens: None,
             };
-            let mut y = fla_rwkv7::RecurrentFwdOutputs { o, final_state: Some(final_state) };
+            let mut y = fla_rwkv7::RecurrentFwdOutputs {
+                o,
+                final_state: FinalState::New(final_state),
+                token_states: None,
+            };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
     }
@@ -186,8 +191,13 @@ impl GpuMemory for Dplr {
                 b: &x.b,
                 g: &x.g,
                 initial_state: resident.initial_state(),
+                cu_seqlens: None,
             };
-            let mut y = fla_dplr::RecurrentFwdOutputs { o, final_state: Some(final_state) };
+            let mut y = fla_dplr::RecurrentFwdOutputs {
+                o,
+                final_state: FinalState::New(final_state),
+                token_states: None,
+            };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
     }
