@@ -115,11 +115,12 @@ struct StateHead {
     __device__ i64 at(i64 state, i64 elems) const { return (state * h + i_h) * elems; }
 };
 
-// Keeps the state after token `i_t` where it is asked for: after every token, and in the slot of that token.
-template <class Cfg, int BK, int COLS>
+// Keeps the state after token `i_t` where it is asked for: after every token, in the slot of that token, and after the last
+// token of a sequence.
+template <class Cfg, int BK, int COLS, class State>
 __device__ void keep_state(
     const Lanes<Cfg>& lanes,
-    const States<typename Cfg::State>& states,
+    const States<State>& states,
     const StateHead& head,
     const Sequence& seq,
     i64 first,
@@ -127,10 +128,15 @@ __device__ void keep_state(
     const float (&r_state)[BK][COLS]
 ) {
     constexpr i64 ELEMS = i64(Cfg::K) * Cfg::V;
-    if (states.tokens != nullptr) lanes.store_state(states.tokens + head.at(i_t, ELEMS), r_state);
-    if (states.slots == nullptr) return;
-    const i64 state = state_after(states, head.i_n, first, i_t - seq.bos, seq.eos - seq.bos);
-    if (state != NO_STATE) lanes.store_state(states.last + head.at(state, ELEMS), r_state);
+    State* dst = states.tokens == nullptr ? nullptr : states.tokens + head.at(i_t, ELEMS);
+    // One text for both places: the compiler would keep the addresses of each in registers.
+    #pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        if (dst != nullptr) lanes.store_state(dst, r_state);
+        if (i == 1 || states.last == nullptr) return;
+        const i64 state = state_after(states, head.i_n, first, i_t - seq.bos, seq.eos - seq.bos);
+        dst = state == NO_STATE ? nullptr : states.last + head.at(state, ELEMS);
+    }
 }
 
 // What a sequence gives whose slot is not to be touched: zeros.
@@ -183,12 +189,12 @@ __device__ void walk_tokens(
     lanes.load_state(r_state, states.initial == nullptr ? nullptr : states.initial + head.at(first, ELEMS));
 
     float r_o[L::COLS];
-    const bool keeps = states.tokens != nullptr || states.slots != nullptr;
     if constexpr (Cfg::ONE_TOKEN) {
         step(r_state, r_o, next);
         write(seq.bos, r_o);
-        if (keeps) keep_state(lanes, states, head, seq, first, seq.bos, r_state);
+        keep_state(lanes, states, head, seq, first, seq.bos, r_state);
     } else {
+        const bool keeps = states.tokens != nullptr || states.slots != nullptr;
         for (i64 i_t = seq.bos; i_t < seq.eos; ++i_t) {
             Token x;
             if constexpr (Cfg::PREFETCH) {
@@ -201,10 +207,10 @@ __device__ void walk_tokens(
             write(i_t, r_o);
             if (keeps) keep_state(lanes, states, head, seq, first, i_t, r_state);
         }
-    }
-    // Without slots the last state is that of the sequence, also when it has no token.
-    if (states.slots == nullptr && states.last != nullptr) {
-        lanes.store_state(states.last + head.at(head.i_n, ELEMS), r_state);
+        const bool is_kept = keeps && seq.bos < seq.eos;
+        if (states.last != nullptr && states.slots == nullptr && !is_kept) {
+            lanes.store_state(states.last + head.at(head.i_n, ELEMS), r_state);
+        }
     }
 }
 

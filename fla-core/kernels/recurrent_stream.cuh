@@ -100,6 +100,7 @@ __device__ void stream_states(
     __syncthreads();  // the barriers are initialised
 
     const L lanes(i_v);
+    const bool keeps = states.tokens != nullptr || states.slots != nullptr;
     int slot = 0;
     u32 parity = 0;
     for (u32 i_nh = start; i_nh < count; i_nh += stride) {
@@ -125,7 +126,6 @@ __device__ void stream_states(
                     for (int c = 0; c < L::COLS; ++c) r_state[i][c] = to_f32(x[c]);
                 }
             }
-            const bool keeps = states.tokens != nullptr || states.slots != nullptr;
             for (int i = 0; i < int(t); ++i) {
                 float r_o[L::COLS];
                 step(r_state, r_o, load(lanes, s_slot.vectors, i));
@@ -143,7 +143,7 @@ __device__ void stream_states(
             fence_proxy_async();  // the copy engine writes after these reads
             fill(s_slot, s.full[group][slot], i_nh + SLOTS * stride);
         }
-        if (states.slots == nullptr && states.last != nullptr) {
+        if (states.last != nullptr && !keeps) {
             lanes.store_state(states.last + head.at(head.i_n, ELEMS), r_state);
         }
         slot = slot + 1 == SLOTS ? 0 : slot + 1;

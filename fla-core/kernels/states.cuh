@@ -63,10 +63,11 @@ __device__ i64 own_first_state(const States<State>& states, i64 i_n) {
     return states.slots != nullptr && first != NO_STATE && is_taken(states, i_n, first) ? NO_STATE : first;
 }
 
-// The slot for the state after token number `i` of `len`, or none: the last column is for the last token alone. `first` is
+// Where the state after token number `i` of `len` goes, or nowhere: the last column is for the last token alone. `first` is
 // the sequence's own first state. The whole warp asks.
 template <class State>
 __device__ i64 state_after(const States<State>& states, i64 i_n, i64 first, i64 i, i64 len) {
+    if (states.slots == nullptr) return i + 1 == len ? i_n : NO_STATE;
     if (i + 1 < len && i + 1 >= states.m) return NO_STATE;
     const i64 slot = slot_of(states, i_n, i32(min(i, i64(states.m) - 1)));
     return slot == NO_STATE || slot == first || !is_taken(states, i_n, slot) ? slot : NO_STATE;

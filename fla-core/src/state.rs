@@ -29,6 +29,20 @@ pub enum FinalState<'a, S> {
     Pool(StatePool<'a, S>),
 }
 
+impl<S> FinalState<'_, S> {
+    /// The same for a shorter time, as for a struct whose other tensors do not live as long.
+    pub fn reborrow(&mut self) -> FinalState<'_, S> {
+        match self {
+            Self::Dropped => FinalState::Dropped,
+            Self::New(state) => FinalState::New(&mut **state),
+            Self::InPlace(state) => FinalState::InPlace(&mut **state),
+            Self::Pool(StatePool { states, slots, accepted }) => {
+                FinalState::Pool(StatePool { states: &mut **states, slots: *slots, accepted: *accepted })
+            }
+        }
+    }
+}
+
 impl<'a, S> From<Option<&'a mut dyn DevicePtrMut<S>>> for FinalState<'a, S> {
     fn from(state: Option<&'a mut dyn DevicePtrMut<S>>) -> Self {
         state.map_or(Self::Dropped, Self::New)

@@ -1,7 +1,7 @@
 //! The recurrent forward pass of RWKV-7: the DPLR delta rule under the model's names.
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
-use fla_core::{Device, Element, Error, FinalState, Shape, StateElement, StatePool};
+use fla_core::{Device, Element, Error, FinalState, Shape, StateElement};
 
 /// What may be changed.
 #[derive(Clone, Debug, PartialEq)]
@@ -154,20 +154,12 @@ pub fn recurrent_fwd<T: Element>(
 pub(crate) fn dplr_outputs<'b, T, S>(
     y: &'b mut RecurrentFwdOutputs<'_, T, S>,
 ) -> fla_dplr::RecurrentFwdOutputs<'b, T, S> {
-    let final_state = match &mut y.final_state {
-        FinalState::Dropped => FinalState::Dropped,
-        FinalState::New(state) => FinalState::New(&mut **state),
-        FinalState::InPlace(state) => FinalState::InPlace(&mut **state),
-        FinalState::Pool(StatePool { states, slots, accepted }) => {
-            FinalState::Pool(StatePool { states: &mut **states, slots: *slots, accepted: *accepted })
-        }
-    };
     // A match and not `as_deref_mut`: only a plain `&mut dyn` may shorten the lifetime inside it.
     let token_states: Option<&mut dyn DevicePtrMut<S>> = match &mut y.token_states {
         Some(states) => Some(&mut **states),
         None => None,
     };
-    fla_dplr::RecurrentFwdOutputs { o: &mut *y.o, final_state, token_states }
+    fla_dplr::RecurrentFwdOutputs { o: &mut *y.o, final_state: y.final_state.reborrow(), token_states }
 }
 
 /// RWKV's receptance is the query of the delta rule, and its `w` the log decay `g`.
