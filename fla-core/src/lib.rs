@@ -17,6 +17,7 @@ mod params;
 mod unit;
 
 mod kernel;
+mod recurrent;
 mod state;
 mod tma;
 
@@ -34,6 +35,7 @@ pub use crate::error::Error;
 pub use crate::foreign::RawSlice;
 pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_len};
 pub use crate::params::{Field, Params, Ptr, PtrMut};
+pub use crate::recurrent::{StateStream, StateTile};
 pub use crate::shape::{SeqLens, Shape};
 pub use crate::state::{
     FinalState, StateDims, StateElement, StatePool, StateShape, StateTensors, States, check_slots,

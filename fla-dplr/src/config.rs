@@ -1,6 +1,6 @@
 //! Launch tables: which constants a kernel is compiled with for which shape.
 
-use fla_core::{Arch, DType};
+use fla_core::{Arch, DType, StateStream, StateTile};
 
 use crate::Transition;
 
@@ -51,14 +51,14 @@ pub(crate) struct RecurrentFwdVariant {
 }
 
 impl RecurrentFwdVariant {
-    /// Columns of a lane: 16 bytes of a row of the state.
-    pub(crate) const fn cols(&self) -> usize {
-        16 / self.state.bytes()
+    /// How a state is cut.
+    pub(crate) const fn tile(&self) -> StateTile {
+        StateTile { dtype: self.dtype, state: self.state, k: self.k, v: self.v }
     }
 
     /// The choice for `states` states on `sm_count` multiprocessors.
     pub(crate) fn choose(&self, states: usize, sm_count: u32) -> RecurrentFwdConfig {
-        let rows = match self.load(states, sm_count) {
+        let rows = match self.tile().load(states, sm_count) {
             _ if !self.one_token && self.k > 64 => Rows::Some,
             0..4 => Rows::Few,
             4..12 => Rows::Some,
@@ -74,11 +74,6 @@ impl RecurrentFwdVariant {
         self.one_token && self.dtype != DType::F32 && self.k == self.v && [64, 128, 256].contains(&self.k)
     }
 
-    /// Warps for every multiprocessor, if each held 4096 numbers of a state: 32 rows by 4 columns a lane.
-    fn load(&self, states: usize, sm_count: u32) -> usize {
-        states.saturating_mul(self.k * self.v) / (32 * 128) / sm_count.max(1) as usize
-    }
-
     /// Every choice that there is, for compiling ahead.
     pub(crate) fn all(&self) -> impl Iterator<Item = RecurrentFwdConfig> {
         let rows: &[Rows] = match (self.one_token, self.k > 64) {
@@ -90,13 +85,9 @@ impl RecurrentFwdVariant {
     }
 
     fn with_rows(&self, rows: Rows) -> RecurrentFwdConfig {
-        // As many numbers of the state for other columns, but whole accesses of the vectors over K.
-        let own_rows = (rows as usize * 4 / self.cols()).max(16 / self.dtype.bytes());
-        // Lanes over K that give each this many rows, as a power of two.
-        let lanes_k = self.k.div_ceil(own_rows).next_power_of_two().min(32);
-        let lanes_v = 32 / lanes_k;
+        let lanes_v = self.tile().lanes_v(rows as usize);
         // With many rows a block covers 64 columns, so that it reads 256 bytes of each row of an f32 state.
-        let warps = if rows == Rows::Many { (64 / self.cols() / lanes_v).max(1) } else { 1 };
+        let warps = if rows == Rows::Many { (64 / self.tile().cols() / lanes_v).max(1) } else { 1 };
         // 16 warps leave 128 registers to a lane, which just do for these heads on sm_90.
         let tight = self.arch == Arch::SM_90
             && self.one_token
@@ -121,14 +112,8 @@ impl RecurrentFwdVariant {
 pub(crate) struct RecurrentFwdStream {
     /// Most tokens of a sequence.
     pub(crate) tokens: usize,
-    /// Lanes side by side over V, each with 16 bytes of a row of the state; the other lanes of the warp lie over K.
-    pub(crate) lanes_v: usize,
-    /// Warps that share a state, side by side over V.
-    pub(crate) warps: usize,
-    /// Groups of such warps in a block.
-    pub(crate) groups: usize,
-    /// States of a group that are worked on or under way.
-    pub(crate) slots: usize,
+    /// Groups and their states.
+    pub(crate) groups: StateStream,
 }
 
 impl RecurrentFwdStream {
@@ -137,51 +122,34 @@ impl RecurrentFwdStream {
 
     /// The choice for sequences of `t` tokens, where the device and the shape allow it.
     pub(crate) fn new(variant: &RecurrentFwdVariant, t: usize, smem_bytes: usize) -> Option<Self> {
-        let RecurrentFwdVariant { arch, dtype, k, v, .. } = *variant;
-        if !arch.has_tma() || !(1..=Self::MAX_TOKENS).contains(&t) {
+        if !variant.arch.has_tma() || !(1..=Self::MAX_TOKENS).contains(&t) {
             return None;
         }
-        // A lane holds 16 rows of the state, or fewer.
-        let warps = (k * v).div_ceil(2048).next_power_of_two();
-        let lanes_v = v / variant.cols() / warps;
-        let rows = k * lanes_v / 32;
-        // The lanes cover the state without a rest, and every copy and access is a multiple of 16 bytes.
+        let tokens = t.next_power_of_two();
         // One token of a larger state is faster with the other kernel.
-        let fits = warps <= if t == 1 { 2 } else { 8 }
-            && lanes_v.is_power_of_two()
-            && lanes_v <= 32
-            && lanes_v * variant.cols() * warps == v
-            && rows * 32 == k * lanes_v
-            && [rows, k, v].iter().all(|n| (n * dtype.bytes()).is_multiple_of(16));
-        // As many groups as make 8 warps, or as there is room for with two slots each; a third slot where it fits.
-        let sizes = (1..=(8 / warps.max(1)).min(4)).rev().flat_map(|groups| [(groups, 3), (groups, 2)]);
-        let mut choices = sizes.map(|(groups, slots)| Self {
-            tokens: t.next_power_of_two(),
-            lanes_v,
-            warps,
-            groups,
-            slots,
-        });
-        choices.find(|choice| fits && choice.smem_bytes(variant) <= smem_bytes)
+        let max_warps = if t == 1 { 2 } else { 8 };
+        let groups = StateStream::new(&variant.tile(), vector_bytes(variant, tokens), max_warps, smem_bytes)?;
+        Some(Self { tokens, groups })
     }
 
-    /// Size of the kernel's shared memory; the unit compares it with the kernel's own.
+    /// Size of the kernel's shared memory.
     pub(crate) fn smem_bytes(&self, variant: &RecurrentFwdVariant) -> usize {
-        let RecurrentFwdVariant { dtype, state, k, v, .. } = *variant;
-        let vectors = self.tokens * (5 * k + v) * dtype.bytes();
-        let slot = (state.bytes() * k * v + vectors + size_of::<i64>()).next_multiple_of(128);
-        let slots = self.groups * self.slots;
-        (slots * slot + slots * size_of::<u64>()).next_multiple_of(128)
+        self.groups.smem_bytes(&variant.tile(), vector_bytes(variant, self.tokens))
     }
 
     /// Blocks of the launch: one for each multiprocessor, or none where the other kernel is faster.
     pub(crate) fn blocks(&self, variant: &RecurrentFwdVariant, states: usize, sm_count: u32) -> Option<u32> {
-        let is_faster = match variant.load(states, sm_count) {
+        let is_faster = match variant.tile().load(states, sm_count) {
             load if self.tokens == 1 => (12..24).contains(&load),
-            _ => states >= sm_count as usize * self.groups,
+            _ => states >= sm_count as usize * self.groups.groups,
         };
         is_faster.then_some(sm_count)
     }
+}
+
+/// Bytes of the vectors of `tokens` tokens.
+const fn vector_bytes(variant: &RecurrentFwdVariant, tokens: usize) -> usize {
+    tokens * (5 * variant.k + variant.v) * variant.dtype.bytes()
 }
 
 #[cfg(test)]
@@ -225,7 +193,7 @@ mod tests {
         let stream = |k, v, t| RecurrentFwdStream::new(&RecurrentFwdVariant { k, v, ..BASE }, t, 227 << 10);
         for (k, v) in [(64, 64), (128, 128), (64, 128), (128, 64), (32, 32)] {
             let choice = stream(k, v, 2).expect("streams");
-            assert_eq!(choice.lanes_v * 4 * choice.warps, v, "{choice:?}");
+            assert_eq!(choice.groups.lanes_v * 4 * choice.groups.warps, v, "{choice:?}");
         }
         for (k, v, t) in
             [(64, 64, 9), (64, 64, 0), (60, 60, 1), (256, 256, 1), (64, 96, 1), (1, 1, 1), (4, 2048, 1)]

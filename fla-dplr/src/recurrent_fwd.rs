@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
 use fla_core::{
     Arch, DType, Device, Element, Error, Field, FinalState, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source,
-    StateElement, StateTensors, States, Unit, check_len,
+    StateElement, StateStream, StateTensors, States, Unit, check_len,
 };
 use half::{bf16, f16};
 
@@ -182,7 +182,8 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
             None => {
                 let config = variant.choose(states, device.sm_count());
                 tracing::debug!(?variant, ?config, "dplr recurrent_fwd");
-                (unit::<T, S>(&variant, &config), grid(&variant, states, &config)?)
+                let grid = variant.tile().grid("N * H", states, config.lanes_v, config.warps)?;
+                (unit::<T, S>(&variant, &config), grid)
             }
         };
         let kernel = device.kernel(&unit)?;
@@ -282,24 +283,6 @@ fn stream_launch(
     Some((config, blocks))
 }
 
-/// The blocks of the kernel that gives each warp BV columns of one state; none when there is no state.
-fn grid(
-    variant: &RecurrentFwdVariant,
-    states: usize,
-    config: &RecurrentFwdConfig,
-) -> Result<Option<Grid>, Error> {
-    let columns = variant.cols() * config.lanes_v;
-    // The kernel counts warps in 31 bits.
-    match i32::try_from(states.saturating_mul(variant.v.div_ceil(columns))) {
-        Ok(0) => Ok(None),
-        Ok(warps) => Ok(Some(Grid::x((warps as u32).div_ceil(config.warps as u32)))),
-        Err(_) => {
-            let wanted = format!("such that N * H * ceil(V / {columns}) is at most {}", i32::MAX);
-            Err(Error::Dim { dim: "N * H", wanted, got: states })
-        }
-    }
-}
-
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)] {
@@ -353,8 +336,8 @@ fn unit_sm90<T: Element, S: StateElement>(
     variant: &RecurrentFwdVariant,
     config: &RecurrentFwdStream,
 ) -> Unit {
-    let threads = 32 * config.warps * config.groups;
-    Unit::new::<RecurrentFwdParams<T, S>>("dplr", "recurrent_fwd", SOURCE_SM90, threads as u32)
+    let StateStream { lanes_v, warps, groups, slots } = config.groups;
+    Unit::new::<RecurrentFwdParams<T, S>>("dplr", "recurrent_fwd", SOURCE_SM90, config.groups.threads())
         .with_headers(HEADERS)
         .with_smem_bytes(config.smem_bytes(variant) as u32)
         .with("Element", T::DTYPE)
@@ -362,11 +345,11 @@ fn unit_sm90<T: Element, S: StateElement>(
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
         .with("TOKENS", config.tokens as i32)
-        .with("LANES_V", config.lanes_v as i32)
-        .with("WARPS", config.warps as i32)
+        .with("LANES_V", lanes_v as i32)
+        .with("WARPS", warps as i32)
         .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
-        .with("GROUPS", config.groups as i32)
-        .with("SLOTS", config.slots as i32)
+        .with("GROUPS", groups as i32)
+        .with("SLOTS", slots as i32)
 }
 
 /// Twin of `fla::dplr::RecurrentFwdParams`.
