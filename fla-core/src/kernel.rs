@@ -210,10 +210,23 @@ impl<'a> Binder<'a> {
     }
 
     fn check(&mut self, tensor: &'static str, ptr: u64) {
-        if !ptr.is_multiple_of(ALIGN_BYTES as u64) && self.misaligned.is_none() {
-            self.misaligned = Some(Error::Align { tensor, wanted: ALIGN_BYTES, got: ptr });
+        if let (Err(error), None) = (check_align(tensor, ptr), &self.misaligned) {
+            self.misaligned = Some(error);
         }
     }
+}
+
+/// Checks that a tensor starts where the vector loads of the kernels need it. Launches do so themselves; this is for
+/// passes of several launches, which check everything before the first.
+///
+/// # Errors
+///
+/// [`Error::Align`], which names the tensor.
+pub fn check_align(tensor: &'static str, ptr: u64) -> Result<(), Error> {
+    if ptr.is_multiple_of(ALIGN_BYTES as u64) {
+        return Ok(());
+    }
+    Err(Error::Align { tensor, wanted: ALIGN_BYTES, got: ptr })
 }
 
 /// Checks that a tensor has as many elements as its dims say.

@@ -6,6 +6,7 @@ mod shape;
 
 mod chunks;
 mod foreign;
+mod workspace;
 
 mod device;
 mod error;
@@ -33,7 +34,7 @@ pub use crate::device::Device;
 pub use crate::dtype::{DType, Element};
 pub use crate::error::Error;
 pub use crate::foreign::RawSlice;
-pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_len};
+pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_align, check_len};
 pub use crate::params::{Field, Params, Ptr, PtrMut};
 pub use crate::recurrent::{StateStream, StateTile};
 pub use crate::shape::{SeqLens, Shape};
@@ -42,6 +43,7 @@ pub use crate::state::{
 };
 pub use crate::tma::{Matrix, Swizzle, TensorMap};
 pub use crate::unit::{Constant, Source, Unit};
+pub use crate::workspace::Workspace;
 
 /// The CUDA building blocks that kernels of every crate may include.
 pub const HEADERS: &[Source] = &[
