@@ -36,7 +36,7 @@ pub use crate::error::Error;
 pub use crate::foreign::RawSlice;
 pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_align, check_len};
 pub use crate::params::{Field, Params, Ptr, PtrMut};
-pub use crate::recurrent::{StateStream, StateTile};
+pub use crate::recurrent::{StateStream, StateTile, WalkBack};
 pub use crate::shape::{SeqLens, Shape};
 pub use crate::state::{
     FinalState, StateDims, StateElement, StatePool, StateShape, StateTensors, States, check_slots,
@@ -59,6 +59,7 @@ pub const HEADERS: &[Source] = &[
     Source { name: "fla/core/scan.cuh", text: include_str!("../kernels/scan.cuh") },
     Source { name: "fla/core/states.cuh", text: include_str!("../kernels/states.cuh") },
     Source { name: "fla/core/recurrent.cuh", text: include_str!("../kernels/recurrent.cuh") },
+    Source { name: "fla/core/recurrent_bwd.cuh", text: include_str!("../kernels/recurrent_bwd.cuh") },
     Source { name: "fla/core/recurrent_stream.cuh", text: include_str!("../kernels/recurrent_stream.cuh") },
     Source { name: "fla/core/tri_inverse.cuh", text: include_str!("../kernels/tri_inverse.cuh") },
 ];

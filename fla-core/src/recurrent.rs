@@ -1,6 +1,6 @@
 //! How recurrent kernels cut matrix states: over the lanes of warps, or over groups that stream them through shared memory.
 
-use crate::{DType, Error, Grid};
+use crate::{DType, Error, Grid, SeqLens};
 
 /// A matrix state `[K, V]` and the vectors beside it, as `recurrent.cuh` cuts them: a lane has 16 bytes of some rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,16 @@ impl StateTile {
         // As many numbers of the state for other columns, but whole accesses of the vectors over K.
         let own_rows = (rows * 4 / self.cols()).max(16 / self.dtype.bytes());
         32 / self.k.div_ceil(own_rows).next_power_of_two().min(32)
+    }
+
+    /// Rows of a lane when `lanes_v` of them lie over V: whole accesses of the vectors over K.
+    #[must_use]
+    pub fn rows(&self, lanes_v: usize) -> usize {
+        let mut access = 16 / self.dtype.bytes();
+        while !self.k.is_multiple_of(access) {
+            access /= 2;
+        }
+        self.k.div_ceil(32 / lanes_v).next_multiple_of(access)
     }
 
     /// Blocks of `warps` warps that have `lanes_v` lanes over V; none when there is no state.
@@ -112,10 +122,83 @@ impl StateStream {
     }
 }
 
+/// How `recurrent_bwd.cuh` walks back over sequences: blocks that take one state after the other, each with memory of its
+/// own for the states that it will see again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalkBack {
+    /// Lanes side by side over V, each with 4 columns; the other lanes of the warp lie over K.
+    pub lanes_v: usize,
+    /// Warps of a block, side by side over V.
+    pub warps: usize,
+    /// Times that a block goes over a sequence to see all columns of its state.
+    pub parts: usize,
+    /// Blocks of the launch; 0 when there is no state.
+    pub blocks: usize,
+    /// Tokens between two states that are kept on the way forward.
+    pub segment: usize,
+    /// States that a block has memory for.
+    pub scratch_states: usize,
+    /// Numbers of one of them.
+    pub scratch_elems: usize,
+}
+
+impl WalkBack {
+    /// Rows of a lane: the state, its gradient and the vectors of a token share the registers.
+    const ROWS: usize = 8;
+    /// Warps of a block: a thread of 8 warps may have 255 registers.
+    const MAX_WARPS: usize = 8;
+
+    /// The walk over `states` states of these sequences. A sequence of L tokens is cut into about the root of L segments
+    /// of as many tokens, which keeps the fewest states.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::SeqLens`] when only the device knows the lengths.
+    pub fn new(tile: &StateTile, seqs: &SeqLens, states: usize, sm_count: u32) -> Result<Self, Error> {
+        if seqs.is_on_device() {
+            let reason =
+                "its offsets are only on the device, but a backward pass keeps states for known lengths";
+            return Err(Error::SeqLens { reason: reason.into() });
+        }
+        let longest = (0..seqs.n()).filter_map(|i_n| seqs.len(i_n)).max().unwrap_or(0);
+        let lanes_v = tile.lanes_v(Self::ROWS);
+        let columns = tile.cols() * lanes_v;
+        let warps = tile.v.div_ceil(columns).min(Self::MAX_WARPS);
+        let segment = longest.isqrt().max(1);
+        Ok(Self {
+            lanes_v,
+            warps,
+            parts: tile.v.div_ceil(columns * warps),
+            blocks: states.min(sm_count as usize * (Self::MAX_WARPS / warps)),
+            segment,
+            scratch_states: segment + longest.div_ceil(segment),
+            scratch_elems: tile.rows(lanes_v) * tile.cols() * 32 * warps,
+        })
+    }
+
+    /// Numbers of all blocks' memory; saturates.
+    #[must_use]
+    pub fn scratch_len(&self) -> usize {
+        self.blocks.saturating_mul(self.scratch_states).saturating_mul(self.scratch_elems)
+    }
+
+    /// Numbers of the sums that go from one part of the columns to the next, for `vectors` vectors of `len` numbers.
+    #[must_use]
+    pub const fn partial_len(&self, vectors: usize, len: usize) -> usize {
+        if self.parts > 1 { vectors.saturating_mul(len) } else { 0 }
+    }
+
+    /// Threads of a block.
+    #[must_use]
+    pub const fn threads(&self) -> u32 {
+        32 * self.warps as u32
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{StateStream, StateTile};
-    use crate::DType;
+    use super::{StateStream, StateTile, WalkBack};
+    use crate::{DType, SeqLens};
 
     const BASE: StateTile = StateTile { dtype: DType::Bf16, state: DType::F32, k: 64, v: 64 };
 
@@ -148,5 +231,24 @@ mod tests {
         }
         let small = StateStream::new(&BASE, 1024, 8, 99 << 10).expect("streams");
         assert!(small.smem_bytes(&BASE, 1024) <= 99 << 10, "{small:?}");
+    }
+
+    #[test]
+    fn a_walk_back_keeps_few_states() {
+        let walk = |k, v, t| {
+            let tile = StateTile { k, v, ..BASE };
+            WalkBack::new(&tile, &SeqLens::dense(2, t), 100, 132).expect("known lengths")
+        };
+        let base = walk(64, 64, 4096);
+        assert_eq!((base.warps, base.parts, base.blocks), (4, 1, 100));
+        assert_eq!((base.segment, base.scratch_states, base.scratch_elems), (64, 128, 4096));
+        assert_eq!((walk(128, 128, 1).warps, walk(128, 128, 1).parts), (8, 2));
+        assert_eq!(walk(256, 512, 1).parts, 16);
+        for t in [0, 1, 2, 3, 15, 16, 17, 1000] {
+            let WalkBack { segment, scratch_states, .. } = walk(64, 64, t);
+            assert!(scratch_states >= segment + t.div_ceil(segment), "{t}");
+        }
+        let on_device = WalkBack::new(&BASE, &SeqLens::packed_on_device(3, 100), 3, 132);
+        assert!(on_device.expect_err("unknown lengths").to_string().contains("only on the device"));
     }
 }

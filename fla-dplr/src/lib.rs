@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod recurrent_bwd;
 mod recurrent_fwd;
 
 mod config;
@@ -9,6 +10,9 @@ pub use fla_core::{
     check_slots, cudarc,
 };
 
+pub use crate::recurrent_bwd::{
+    RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
+};
 pub use crate::recurrent_fwd::{
     RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,
     Transition, recurrent_fwd,
@@ -18,5 +22,7 @@ pub use crate::recurrent_fwd::{
 /// heads of 64 and 128 channels in every dtype, and some uneven shapes.
 #[must_use]
 pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
-    recurrent_fwd::units(arch)
+    let mut units = recurrent_fwd::units(arch);
+    units.extend(recurrent_bwd::units(arch));
+    units
 }

@@ -13,14 +13,14 @@ use half::{bf16, f16};
 use crate::config::{RecurrentFwdConfig, RecurrentFwdStream, RecurrentFwdVariant};
 
 /// Largest K and V: a warp holds whole columns of the state in registers.
-const MAX_K: usize = 256;
-const MAX_V: usize = 512;
+pub(crate) const MAX_K: usize = 256;
+pub(crate) const MAX_V: usize = 512;
 
 const SOURCE: Source =
     Source { name: "fla/dplr/recurrent_fwd.cu", text: include_str!("../kernels/recurrent_fwd.cu") };
 const SOURCE_SM90: Source =
     Source { name: "fla/dplr/recurrent_fwd_sm90.cu", text: include_str!("../kernels/recurrent_fwd_sm90.cu") };
-const HEADERS: &[Source] =
+pub(crate) const HEADERS: &[Source] =
     &[Source { name: "fla/dplr/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") }];
 
 /// How `a` and `b` make the low-rank part of the transition.
@@ -48,6 +48,14 @@ impl RecurrentFwdOptions {
     #[must_use]
     pub const fn new(scale: f32) -> Self {
         Self { scale, transition: Transition::General }
+    }
+
+    /// The scale, when it is one.
+    pub(crate) fn checked_scale(&self) -> Result<f32, Error> {
+        if self.scale.is_finite() {
+            return Ok(self.scale);
+        }
+        Err(Error::Option { option: "scale", wanted: "finite", got: self.scale.to_string() })
     }
 
     /// Changes what `a` and `b` are.
@@ -159,10 +167,7 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
     /// be had.
     pub fn new(device: &Device, shape: &Shape, options: &RecurrentFwdOptions) -> Result<Self, Error> {
         shape.check(MAX_K, MAX_V)?;
-        let scale = options.scale;
-        if !scale.is_finite() {
-            return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
-        }
+        let scale = options.checked_scale()?;
         let one_token = shape.seqs.is_dense() && shape.seqs.t() == 1;
         let variant = RecurrentFwdVariant {
             arch: device.arch(),
