@@ -232,4 +232,30 @@ const ROWS: &[Row] = &[
         classes: &[Class::NarrowState],
         limit: 3e-3,
     },
+    // As forward: arithmetic in f32, each gradient rounded once; that of a decay is formed directly, token by token, so
+    // it needs no other limit. The gradient of the initial state is f32 whatever the vectors are, and not worse.
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7, Model::Dplr],
+        passes: &[Pass::RecurrentBwd],
+        dtypes: &[Dtype::F32],
+        classes: &[Class::Grad, Class::GateGrad],
+        limit: 1e-5,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7, Model::Dplr],
+        passes: &[Pass::RecurrentBwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::Grad, Class::GateGrad],
+        limit: 3e-3,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7, Model::Dplr],
+        passes: &[Pass::RecurrentBwd],
+        dtypes: &[Dtype::F16],
+        classes: &[Class::Grad, Class::GateGrad],
+        limit: 5e-4,
+    },
 ];

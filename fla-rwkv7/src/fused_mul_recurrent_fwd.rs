@@ -102,7 +102,7 @@ pub fn fused_mul_recurrent_fwd<T: Element>(
     Ok(RecurrentFwdResult { o: y.o, final_state: y.final_state })
 }
 
-fn dplr_options(options: &RecurrentFwdOptions) -> fla_dplr::RecurrentFwdOptions {
+pub(crate) fn dplr_options(options: &RecurrentFwdOptions) -> fla_dplr::RecurrentFwdOptions {
     fla_dplr::RecurrentFwdOptions::new(options.scale).with_transition(Transition::KeyAndRate)
 }
 

@@ -5,7 +5,9 @@
 #[doc = include_str!("../../README.md")]
 struct FrontPage;
 
+mod fused_mul_recurrent_bwd;
 mod fused_mul_recurrent_fwd;
+mod recurrent_bwd;
 mod recurrent_fwd;
 
 pub use fla_core::{
@@ -13,8 +15,15 @@ pub use fla_core::{
     check_slots, cudarc,
 };
 
+pub use crate::fused_mul_recurrent_bwd::{
+    FusedMulRecurrentBwd, FusedMulRecurrentBwdInputs, FusedMulRecurrentBwdOutputs,
+    FusedMulRecurrentBwdResult, fused_mul_recurrent_bwd,
+};
 pub use crate::fused_mul_recurrent_fwd::{
     FusedMulRecurrentFwd, FusedMulRecurrentFwdInputs, fused_mul_recurrent_fwd,
+};
+pub use crate::recurrent_bwd::{
+    RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
 };
 pub use crate::recurrent_fwd::{
     RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs, RecurrentFwdResult,

@@ -207,12 +207,7 @@ fn case_on(engine: &Engine, case: &Case, args: &ConformanceArgs, report: &mut Re
             match attempt(engine, case, form, dtype) {
                 Err(error) => report.broken(unit, &error.to_string())?,
                 Ok(Attempt::Skipped(reason)) => report.skipped(unit, &reason)?,
-                Ok(Attempt::Compared { rows, uncovered }) => {
-                    report.compared(unit, &rows)?;
-                    if let Some(reason) = uncovered {
-                        report.skipped(unit, &reason)?;
-                    }
-                }
+                Ok(Attempt::Compared(rows)) => report.compared(unit, &rows)?,
             }
         }
     }
@@ -222,11 +217,7 @@ fn case_on(engine: &Engine, case: &Case, args: &ConformanceArgs, report: &mut Re
 /// What became of a unit.
 enum Attempt {
     Skipped(String),
-    Compared {
-        rows: Vec<Row>,
-        /// Why the gradients are not among the rows.
-        uncovered: Option<String>,
-    },
+    Compared(Vec<Row>),
 }
 
 fn attempt(engine: &Engine, case: &Case, form: Form, dtype: Dtype) -> Result<Attempt> {
@@ -243,16 +234,12 @@ fn attempt(engine: &Engine, case: &Case, form: Form, dtype: Dtype) -> Result<Att
         }
     };
     let given = rounded.as_ref().unwrap_or(case);
-    let mut uncovered = None;
     // Several results of one pass are all compared; the worse one is reported.
     let results = match engine {
         Engine::NoGpu(reason) => return skip(format!("no GPU: {reason}")),
         Engine::Gpu(gpu) => match gpu.compute(given, form, dtype)? {
             Outcome::Missing(reason) => return skip(reason),
-            Outcome::Forward { computed, no_backward } => {
-                uncovered = Some(no_backward);
-                vec![computed]
-            }
+            Outcome::Computed(computed) => vec![computed],
         },
         Engine::Reference => {
             let chunks = if form == Form::Chunk { CHUNKS } else { &CHUNKS[..1] };
@@ -269,8 +256,8 @@ fn attempt(engine: &Engine, case: &Case, form: Form, dtype: Dtype) -> Result<Att
         computed.into_iter().map(|tensor| (tensor.name, tensor.values)).collect::<HashMap<_, _>>()
     });
     let bench = Bench { backend: engine.backend(), form, dtype };
-    let covered = case.expected().filter(|(spec, _)| uncovered.is_none() || !spec.role.is_gradient());
-    let rows = covered
+    let rows = case
+        .expected()
         .map(|(spec, tensor)| {
             let anew = truth.as_ref().and_then(|truth| truth.get(spec.name));
             let expected = Expected {
@@ -283,7 +270,7 @@ fn attempt(engine: &Engine, case: &Case, form: Form, dtype: Dtype) -> Result<Att
             bench.judge(case, &expected, &results)
         })
         .collect();
-    Ok(Attempt::Compared { rows, uncovered })
+    Ok(Attempt::Compared(rows))
 }
 
 /// What an expected tensor is.
@@ -491,7 +478,7 @@ mod tests {
         // No longer exact in f32, and no longer what the expected values belong to.
         let case = case.with_first("x", 1.0 / 3.0);
         let rows = |dtype| match attempt(&Engine::Reference, &case, Form::Single, dtype) {
-            Ok(Attempt::Compared { rows, .. }) => rows,
+            Ok(Attempt::Compared(rows)) => rows,
             _ => Vec::new(),
         };
         let narrow = rows(Dtype::F32);
@@ -507,8 +494,7 @@ mod tests {
         let cases = files.iter().map(|file| Case::read(file).expect("a case"));
         let case = cases.into_iter().find(|case| case.operator.name == "dplr").expect("a case of dplr");
         for form in [Form::Recurrent, Form::Chunk] {
-            let Ok(Attempt::Compared { rows, .. }) = attempt(&Engine::Reference, &case, form, Dtype::F64)
-            else {
+            let Ok(Attempt::Compared(rows)) = attempt(&Engine::Reference, &case, form, Dtype::F64) else {
                 panic!("{form:?} did not run");
             };
             for row in rows {

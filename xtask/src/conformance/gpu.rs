@@ -1,8 +1,11 @@
-//! Runs a case on the GPU: one function per operator that has a kernel.
+//! Runs a case on the GPU: a file for each model.
+
+mod dplr;
+mod rwkv7;
 
 use std::sync::Arc;
 
-use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+use fla_core::cudarc::driver::{CudaSlice, CudaStream};
 use fla_core::{Device, Element, SeqLens, Shape};
 use fla_reference::tolerance::Dtype;
 use half::{bf16, f16};
@@ -22,13 +25,8 @@ pub(super) struct Gpu {
 pub(super) enum Outcome {
     /// There is no kernel for it, for this reason.
     Missing(String),
-    /// Outputs, but no gradients.
-    Forward {
-        /// What was computed.
-        computed: Vec<Computed>,
-        /// Why there are no gradients.
-        no_backward: String,
-    },
+    /// Every output and gradient.
+    Computed(Vec<Computed>),
 }
 
 impl Gpu {
@@ -41,114 +39,60 @@ impl Gpu {
 
     /// Runs a case whose vectors are exact in `dtype`.
     pub(super) fn compute(&self, case: &Case, form: Form, dtype: Dtype) -> Result<Outcome> {
-        let name = case.operator.name;
-        let missing =
-            |what: String| Ok(Outcome::Missing(format!("the gpu {what} of {name} does not exist yet")));
+        match dtype {
+            Dtype::F32 => self.compute_in::<f32>(case, form),
+            Dtype::Bf16 => self.compute_in::<bf16>(case, form),
+            Dtype::F16 => self.compute_in::<f16>(case, form),
+            Dtype::F64 => missing(case, "f64 kernel"),
+        }
+    }
+
+    fn compute_in<T: Element>(&self, case: &Case, form: Form) -> Result<Outcome> {
         let computed = match (case.operator.op, form) {
-            (Op::Dplr, Form::Recurrent) => match dtype {
-                Dtype::F32 => self.dplr::<f32>(case)?,
-                Dtype::Bf16 => self.dplr::<bf16>(case)?,
-                Dtype::F16 => self.dplr::<f16>(case)?,
-                Dtype::F64 => return missing("f64 kernel".to_owned()),
-            },
-            (Op::Rwkv7, Form::Recurrent) => match dtype {
-                Dtype::F32 => self.rwkv7::<f32>(case)?,
-                Dtype::Bf16 => self.rwkv7::<bf16>(case)?,
-                Dtype::F16 => self.rwkv7::<f16>(case)?,
-                Dtype::F64 => return missing("f64 kernel".to_owned()),
-            },
-            (Op::FusedMul, Form::Recurrent) => match dtype {
-                Dtype::F32 => self.rwkv7_fused_mul::<f32>(case)?,
-                Dtype::Bf16 => self.rwkv7_fused_mul::<bf16>(case)?,
-                Dtype::F16 => self.rwkv7_fused_mul::<f16>(case)?,
-                Dtype::F64 => return missing("f64 kernel".to_owned()),
-            },
-            (_, Form::Single) => return missing("kernel".to_owned()),
-            _ => return missing(format!("{} pass", form.name())),
+            (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
+            (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
+            (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
+            (_, Form::Single) => return missing(case, "kernel"),
+            _ => return missing(case, &format!("{} pass", form.name())),
         };
-        let no_backward = format!("gradients: the gpu {} backward of {name} does not exist yet", form.name());
-        Ok(Outcome::Forward { computed, no_backward })
+        Ok(Outcome::Computed(computed))
     }
 
-    fn dplr<T: Element>(&self, case: &Case) -> Result<Vec<Computed>> {
-        let upload = |name| self.upload::<T>(&case.values(name));
-        let (q, k, v, a, b, g) =
-            (upload("q")?, upload("k")?, upload("v")?, upload("a")?, upload("b")?, upload("gk")?);
-        let initial_state = self.initial_state(case)?;
-        let options = fla_dplr::RecurrentFwdOptions::new(case.scale() as f32);
-        let x = fla_dplr::RecurrentFwdInputs {
-            q: &q,
-            k: &k,
-            v: &v,
-            a: &a,
-            b: &b,
-            g: &g,
-            initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
-            cu_seqlens: None,
-        };
-        let y = fla_dplr::recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
-        Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
+    /// A tensor of the case.
+    fn upload<T: Element>(&self, case: &Case, name: &str) -> Result<CudaSlice<T>> {
+        self.upload_values(&case.values::<f32>(name))
     }
 
-    fn rwkv7<T: Element>(&self, case: &Case) -> Result<Vec<Computed>> {
-        let upload = |name| self.upload::<T>(&case.values(name));
-        let (r, w, k, v, a, b) =
-            (upload("r")?, upload("w")?, upload("k")?, upload("v")?, upload("a")?, upload("b")?);
-        let initial_state = self.initial_state(case)?;
-        let options = fla_rwkv7::RecurrentFwdOptions::new().with_scale(case.scale() as f32);
-        let x = fla_rwkv7::RecurrentFwdInputs {
-            r: &r,
-            w: &w,
-            k: &k,
-            v: &v,
-            a: &a,
-            b: &b,
-            initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
-            cu_seqlens: None,
-        };
-        let y = fla_rwkv7::recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
-        Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
+    /// A tensor that the case may not have.
+    fn upload_optional<T: Element>(&self, case: &Case, name: &str) -> Result<Option<CudaSlice<T>>> {
+        case.optional::<f32>(name).map(|values| self.upload_values(&values)).transpose()
     }
 
-    fn rwkv7_fused_mul<T: Element>(&self, case: &Case) -> Result<Vec<Computed>> {
-        let upload = |name| self.upload::<T>(&case.values(name));
-        let (r, w, k, v, kk, a) =
-            (upload("r")?, upload("w")?, upload("k")?, upload("v")?, upload("kk")?, upload("a")?);
-        let initial_state = self.initial_state(case)?;
-        let options = fla_rwkv7::RecurrentFwdOptions::new().with_scale(case.scale() as f32);
-        let x = fla_rwkv7::FusedMulRecurrentFwdInputs {
-            r: &r,
-            w: &w,
-            k: &k,
-            v: &v,
-            kk: &kk,
-            a: &a,
-            initial_state: initial_state.as_ref().map(|state| state as &dyn DevicePtr<f32>),
-            cu_seqlens: None,
-        };
-        let y = fla_rwkv7::fused_mul_recurrent_fwd(&self.device, &shape(case)?, &x, &options)?;
-        Ok(vec![self.computed("o", &y.o)?, self.computed("final_state", &y.final_state)?])
-    }
-
-    fn upload<T: Element>(&self, values: &[f32]) -> Result<CudaSlice<T>> {
+    fn upload_values<T: Element>(&self, values: &[f32]) -> Result<CudaSlice<T>> {
         let values: Vec<T> = values.iter().map(|x| T::from_f32(*x)).collect();
         Ok(self.stream.clone_htod(&values)?)
     }
 
-    fn initial_state(&self, case: &Case) -> Result<Option<CudaSlice<f32>>> {
-        case.optional("initial_state").map(|state| self.upload(&state)).transpose()
-    }
-
+    /// A result, under the name that it has in the file.
     fn computed<T: Element>(&self, name: &'static str, tensor: &CudaSlice<T>) -> Result<Computed> {
         let values = self.stream.clone_dtoh(tensor)?;
         Ok(Computed { name, values: values.into_iter().map(|x| f64::from(x.to_f32())).collect() })
     }
 }
 
-fn shape(case: &Case) -> Result<Shape> {
-    let seqs = match &case.seqs {
+fn missing(case: &Case, what: &str) -> Result<Outcome> {
+    Ok(Outcome::Missing(format!("the gpu {what} of {} does not exist yet", case.operator.name)))
+}
+
+/// The sequences of the case.
+fn seqs(case: &Case) -> Result<SeqLens> {
+    Ok(match &case.seqs {
         fla_reference::SeqLens::Dense { b, t } => SeqLens::dense(*b, *t),
         fla_reference::SeqLens::Packed { cu_seqlens } => SeqLens::packed(cu_seqlens, case.seqs.tokens())?,
-    };
-    Ok(Shape { seqs, h: case.dim("H"), k: case.dim("K"), v: case.dim("V") })
+    })
+}
+
+/// The dims of an operator with a matrix state.
+fn shape(case: &Case) -> Result<Shape> {
+    Ok(Shape { seqs: seqs(case)?, h: case.dim("H"), k: case.dim("K"), v: case.dim("V") })
 }
