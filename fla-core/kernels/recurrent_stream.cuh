@@ -108,29 +108,40 @@ __device__ void stream_states(
         mbarrier_wait_parity(s.full[group][slot], parity);  // the slot holds state i_nh and its vectors
 
         const StateHead head = {i_nh / u32(h), h, i_nh % u32(h)};
-        const Sequence seq = {head.i_n * t, head.i_n * t + t};
-        const i64 first = s_slot.first;
-        const bool is_skipped = states.slots != nullptr && (first == NO_STATE || is_taken(states, head.i_n, first));
         float r_state[L::BK][L::COLS] = {};  // [BK, COLS] of [K, V]
-        if (is_skipped) {
-            write_zeros(lanes, states, head, seq, [&](i64 i_t, float (&r_o)[L::COLS]) {
-                write(lanes, i_nh, int(i_t - seq.bos), r_o);
-            });
-        } else {
-            if (states.initial != nullptr) {
+        const auto read_state = [&] {
+            if (states.initial == nullptr) return;
+            #pragma unroll
+            for (int i = 0; i < L::BK; ++i) {
+                State x[L::COLS];
+                read_shared(x, s_slot.state + (lanes.row0 + i) * V + lanes.col0);
                 #pragma unroll
-                for (int i = 0; i < L::BK; ++i) {
-                    State x[L::COLS];
-                    read_shared(x, s_slot.state + (lanes.row0 + i) * V + lanes.col0);
-                    #pragma unroll
-                    for (int c = 0; c < L::COLS; ++c) r_state[i][c] = to_f32(x[c]);
-                }
+                for (int c = 0; c < L::COLS; ++c) r_state[i][c] = to_f32(x[c]);
             }
+        };
+        // What keeps states on the way has a text of its own, as in `walk_tokens`.
+        if (!keeps) {
+            read_state();
             for (int i = 0; i < int(t); ++i) {
                 float r_o[L::COLS];
                 step(r_state, r_o, load(lanes, s_slot.vectors, i));
                 write(lanes, i_nh, i, r_o);
-                if (keeps) keep_state(lanes, states, head, seq, first, seq.bos + i, r_state);
+            }
+        } else {
+            const Sequence seq = {head.i_n * t, head.i_n * t + t};
+            const i64 first = s_slot.first;
+            if (states.slots != nullptr && (first == NO_STATE || is_taken(states, head.i_n, first))) {
+                write_zeros(lanes, states, head, seq, [&](i64 i_t, float (&r_o)[L::COLS]) {
+                    write(lanes, i_nh, int(i_t - seq.bos), r_o);
+                });
+            } else {
+                read_state();
+                for (int i = 0; i < int(t); ++i) {
+                    float r_o[L::COLS];
+                    step(r_state, r_o, load(lanes, s_slot.vectors, i));
+                    write(lanes, i_nh, i, r_o);
+                    keep_state(lanes, states, head, seq, first, seq.bos + i, r_state);
+                }
             }
         }
         // Every warp of the group has read the slot, and it is free.
