@@ -113,7 +113,8 @@ pub struct RecurrentBwdResult<T> {
 /// # Numerics
 ///
 /// Everything is widened to f32. `dg` is the product of the state and its gradient at that token, and no difference of
-/// larger sums, so it is as exact as the others under any decay. Sums are taken in a fixed order: the same inputs give the
+/// larger sums, so it is as exact as the others under any decay; it has the decay as a factor, and under one below
+/// 2^-24 it may be too small for f16. Sums are taken in a fixed order: the same inputs give the
 /// same bits. The error against the float64 recurrence stays under the rows `dplr, recurrent_bwd` of
 /// `fla_reference::tolerance`.
 ///

@@ -1,7 +1,9 @@
 //! The error metric on values that can be checked by hand.
 
-use fla_reference::compare::{first_non_finite, max_abs, relative_rms, worst_relative_rms};
-use half::bf16;
+use fla_reference::compare::{
+    F16_SPACING, first_non_finite, max_abs, relative_rms, relative_rms_beyond, worst_relative_rms,
+};
+use half::{bf16, f16};
 
 #[test]
 fn relative_rms_is_the_ratio_of_norms() {
@@ -18,6 +20,16 @@ fn relative_rms_survives_values_whose_squares_do_not() {
         let error = relative_rms(&[3.0 * size, 5.0 * size], &[3.0 * size, 4.0 * size]);
         assert!((error - 0.2).abs() < 1e-15, "{error}");
     }
+}
+
+#[test]
+fn what_storing_must_lose_is_no_error() {
+    assert_eq!(relative_rms_beyond(&[3.0, 5.5], &[3.0, 4.0], 0.5), 0.2);
+    let tiny = [1e-9, 3e-8, 4.2e-7, 1e-6];
+    let stored: Vec<f64> = tiny.iter().map(|x| f16::from_f64(*x).to_f64()).collect();
+    assert!(relative_rms(&stored, &tiny) > 1e-2);
+    assert_eq!(relative_rms_beyond(&stored, &tiny, F16_SPACING), 0.0);
+    assert_eq!(relative_rms_beyond(&[F16_SPACING, 1.0], &[0.0, 0.0], F16_SPACING), 1.0 - F16_SPACING);
 }
 
 #[test]

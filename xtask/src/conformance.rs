@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use fla_reference::compare::relative_rms;
+use fla_reference::compare::{F16_SPACING, relative_rms_beyond};
 use fla_reference::tolerance::{self, Backend, Class, Dtype, Key, Pass};
 
 use self::case::{Case, Rounding};
@@ -291,13 +291,14 @@ struct Bench {
 
 impl Bench {
     fn judge(&self, case: &Case, expected: &Expected<'_>, results: &[Vec<Computed>]) -> Row {
+        let slack = if self.dtype == Dtype::F16 { F16_SPACING } else { 0.0 };
         let error = results
             .iter()
             .map(|result| {
                 let computed = result.iter().find(|computed| computed.name == expected.name);
                 match computed {
                     Some(x) if x.values.len() == expected.values.len() => {
-                        relative_rms(&x.values, expected.values)
+                        relative_rms_beyond(&x.values, expected.values, slack)
                     }
                     _ => f64::INFINITY,
                 }
