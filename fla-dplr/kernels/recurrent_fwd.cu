@@ -45,6 +45,33 @@ concept RecurrentFwdConfig = requires {
     Cfg::PREFETCH;    // load the next token's vectors while this one's are used
 };
 
+// One token and one state for each sequence: both are number `i_nh`, and nothing waits for the number of the head.
+template <RecurrentFwdConfig Cfg>
+__device__ void one_token(
+    const RecurrentFwdParams<typename Cfg::Element, typename Cfg::State>& p, const Lanes<Cfg>& lanes, u32 i_nh
+) {
+    using L = Lanes<Cfg>;
+    constexpr i64 ELEMS = i64(Cfg::K) * Cfg::V;
+    const i64 row = i_nh;
+    // Asked for before the state, which is much larger and would keep it waiting.
+    Token<typename Cfg::Element, L::BK, L::COLS> x;
+    lanes.load_k(x.a, p.a + row * Cfg::K);
+    lanes.load_k(x.g, p.g + row * Cfg::K);
+    lanes.load_k(x.b, p.b + row * Cfg::K);
+    lanes.load_k(x.k, p.k + row * Cfg::K);
+    lanes.load_k(x.q, p.q + row * Cfg::K);
+    lanes.load_v(x.v, p.v + row * Cfg::V);
+    float r_state[L::BK][L::COLS];  // [BK, COLS] of [K, V]
+    lanes.load_state(r_state, p.states.initial == nullptr ? nullptr : p.states.initial + row * ELEMS);
+
+    float r_o[L::COLS];
+    recurrent_step<Cfg::LANES_V, Cfg::KEY_AND_RATE>(r_state, r_o, x);
+    #pragma unroll
+    for (int c = 0; c < L::COLS; ++c) r_o[c] *= p.scale;
+    lanes.store_v(p.o + row * Cfg::V, r_o);
+    if (p.states.last != nullptr) lanes.store_state(p.states.last + row * ELEMS, r_state);
+}
+
 template <RecurrentFwdConfig Cfg>
 __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, typename Cfg::State>& p) {
     using L = Lanes<Cfg>;
@@ -53,9 +80,16 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
     // Slices of one head are neighbours, so that a block reads whole rows of a state.
     const u32 i_slice = blockIdx.x * Cfg::WARPS + threadIdx.x / 32;  // the host keeps it below 2^31
     const u32 i_nh = i_slice / L::SLICES;
-    const StateHead head = {i_nh / u32(p.h), p.h, i_nh % u32(p.h)};
-    if (head.i_n >= p.n) return;
+    if (Cfg::WARPS > 1 && i64(i_nh) >= p.n * p.h) return;
     const L lanes(i_slice % L::SLICES);
+    if constexpr (Cfg::ONE_TOKEN) {
+        // Short, because one sequence waits for the text of the kernel too.
+        if (p.states.slots == nullptr && p.states.tokens == nullptr) [[likely]] {
+            one_token<Cfg>(p, lanes, i_nh);
+            return;
+        }
+    }
+    const StateHead head = {i_nh / u32(p.h), p.h, i_nh % u32(p.h)};
 
     const auto load = [&](i64 i_t) {
         const i64 row = i_t * p.h + head.i_h;
@@ -76,7 +110,8 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
         for (int c = 0; c < L::COLS; ++c) r_o[c] *= p.scale;
         lanes.store_v(p.o + (i_t * p.h + head.i_h) * Cfg::V, r_o);
     };
-    walk_tokens<Cfg>(lanes, p.states, head, sequence_of(p.cu_seqlens, head.i_n, p.t), load, step, write);
+    const Sequence seq = sequence_of(Cfg::ONE_TOKEN ? nullptr : p.cu_seqlens, head.i_n, p.t);
+    walk_tokens<Cfg>(lanes, p.states, head, seq, load, step, write);
 }
 
 }  // namespace fla::dplr
