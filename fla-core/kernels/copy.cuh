@@ -138,4 +138,16 @@ __device__ void store_stream(T* dst, const Vec<T, N>& x) {
     }
 }
 
+// Reads SIZE elements of shared memory, 16 bytes with one access or as many as there are.
+template <int SIZE, class T>
+__device__ void read_shared(T (&x)[SIZE], const T* s_src) {
+    constexpr int N = min(int(16 / sizeof(T)), SIZE);
+    #pragma unroll
+    for (int i = 0; i < SIZE; i += N) {
+        const Vec<T, N> piece = *reinterpret_cast<const Vec<T, N>*>(s_src + i);
+        #pragma unroll
+        for (int j = 0; j < N; ++j) x[i + j] = piece.at[j];
+    }
+}
+
 }  // namespace fla

@@ -25,18 +25,6 @@ struct StreamShared {
     Barrier full[Cfg::GROUPS][Cfg::SLOTS];
 };
 
-// Reads SIZE elements of shared memory, 16 bytes with one access or as many as there are.
-template <int SIZE, class T>
-__device__ void read_shared(T (&x)[SIZE], const T* s_src) {
-    constexpr int N = min(int(16 / sizeof(T)), SIZE);
-    #pragma unroll
-    for (int i = 0; i < SIZE; i += N) {
-        const Vec<T, N> piece = *reinterpret_cast<const Vec<T, N>*>(s_src + i);
-        #pragma unroll
-        for (int j = 0; j < N; ++j) x[i + j] = piece.at[j];
-    }
-}
-
 // A copy of `elems` elements that is counted at `full`.
 template <class T>
 __device__ void copy_vector(T* s_dst, const T* src, int elems, Barrier& full) {
