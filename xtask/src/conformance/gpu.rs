@@ -1,6 +1,7 @@
 //! Runs a case on the GPU: a file for each model.
 
 mod dplr;
+mod rwkv4;
 mod rwkv7;
 
 use std::sync::Arc;
@@ -52,6 +53,8 @@ impl Gpu {
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
             (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
+            (Op::Rwkv4, Form::Chunk) => rwkv4::chunk::<T>(self, case)?,
+            (Op::Rwkv4, Form::Recurrent) => rwkv4::recurrent::<T>(self, case)?,
             (_, Form::Single) => return missing(case, "kernel"),
             _ => return missing(case, &format!("{} pass", form.name())),
         };
