@@ -256,6 +256,8 @@ const ROWS: &[Row] = &[
         passes: &[Pass::RecurrentBwd],
         dtypes: &[Dtype::F16],
         classes: &[Class::Grad, Class::GateGrad],
+        limit: 5e-4,
+    },
     // Worst seen on an H200, 2026-11-20, over the cases of fla-rwkv4's tests (keys of 80 and -80, decays from none to all,
     // heavy states) and 6 conformance cases: o 5.0e-6 (recurrent, 4000 tokens without decay), else 1.3e-6; gradients 4.6e-6.
     Row {
@@ -305,7 +307,7 @@ const ROWS: &[Row] = &[
         limit: 1e-5,
     },
     // The state is rounded to f32 after every token, as it is between calls: 6.0e-8 each time, to the same side where the
-    // decay is slow. Worst seen, same cases: 2.7e-4 after 4000 tokens without decay; 1.4e-5 where there is one.
+    // decay is slow. Worst seen, same cases: 2.7e-4 after 4000 tokens without decay, 9.2e-5 with one of e^-0.001.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv4],

@@ -33,7 +33,7 @@ const STEPS: usize = crate::CHUNK;
 const FWD_WARPS: usize = 24;
 const BWD_WARPS: usize = 8;
 
-/// The forward pass.
+/// The forward pass: 16 warps and a few more have registers on a multiprocessor.
 pub(crate) fn chunk_fwd(shape: &Shape, sm_count: u32) -> Tiling {
     choose(shape, sm_count, FWD_WARPS)
 }
@@ -44,6 +44,15 @@ pub(crate) fn chunk_bwd(shape: &Shape, sm_count: u32) -> Tiling {
 }
 
 /// Slots only as far as sequences and channels alone leave multiprocessors without work; then fewer channels a block.
+///
+/// Forward, H200, microseconds, median of 12 with the L2 flushed, by slots of 32 channels:
+///
+/// | B, T, C        | dtype |    1 |   2 |   4 |   8 |  16 |
+/// |----------------|-------|------|-----|-----|-----|-----|
+/// | 8, 4096, 4096  | f32   |  414 | 418 | 405 | 402 | 406 |
+/// |                | bf16  |  294 | 286 | 266 | 314 | 444 |
+/// | 1, 32768, 4096 | f32   | 1570 | 891 | 564 | 428 | 406 |
+/// |                | bf16  | 1478 | 805 | 468 | 358 | 431 |
 fn choose(shape: &Shape, sm_count: u32, warps: usize) -> Tiling {
     let sm_count = sm_count.max(1) as usize;
     let blocks = |channels: usize| shape.seqs.n().saturating_mul(shape.c.div_ceil(channels)).max(1);
@@ -92,4 +101,37 @@ pub(crate) fn recurrent_fwd_all(c: usize) -> impl Iterator<Item = Lanes> {
 /// leaves no multiprocessor idle, so more sequences than that share groups.
 pub(crate) fn groups(n: usize, blocks_c: usize) -> usize {
     n.min((4096 / blocks_c).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Tiling, chunk_bwd, chunk_fwd, tilings};
+    use crate::{SeqLens, Shape};
+
+    #[test]
+    fn time_is_split_where_channels_do_not_fill_the_gpu() {
+        let slots = |b: usize, t: usize, c: usize| {
+            let shape = Shape { seqs: SeqLens::dense(b, t), c };
+            let Tiling { channels, slots, .. } = chunk_fwd(&shape, 132);
+            (channels, slots, chunk_bwd(&shape, 132).slots)
+        };
+        assert_eq!(slots(8, 4096, 4096), (32, 4, 1));
+        assert_eq!(slots(1, 32768, 4096), (32, 8, 8));
+        assert_eq!(slots(1, 32768, 768), (8, 32, 32));
+        // Short sequences have no use for many slots.
+        assert_eq!(slots(1, 16, 768), (32, 1, 1));
+        assert_eq!(slots(1, 33, 768), (32, 4, 4));
+    }
+
+    #[test]
+    fn every_choice_of_a_plan_can_be_compiled_ahead() {
+        for (b, c) in [(0, 1), (1, 1), (1, 768), (4, 4096), (64, 2048), (usize::MAX, 33)] {
+            for t in [0, 1, 17, 1000, 100_000] {
+                let shape = Shape { seqs: SeqLens::dense(b, t), c };
+                for tiling in [chunk_fwd(&shape, 132), chunk_bwd(&shape, 132)] {
+                    assert!(tilings().any(|other| other == tiling), "{shape:?}: {tiling:?}");
+                }
+            }
+        }
+    }
 }

@@ -3,8 +3,9 @@
 use fla_core::Element;
 use fla_core::cudarc::driver::{CudaSlice, DevicePtr};
 use fla_rwkv4::{
-    ChunkBwdInputs, ChunkBwdOptions, ChunkFwdInputs, ChunkFwdOptions, RecurrentBwdInputs, RecurrentBwdOptions,
-    RecurrentFwdInputs, RecurrentFwdOptions, Shape, chunk_bwd, chunk_fwd, recurrent_bwd, recurrent_fwd,
+    ChunkBwdInputs, ChunkBwdOptions, ChunkFwdInputs, ChunkFwdOptions, RecurrentBwdInputs,
+    RecurrentBwdOptions, RecurrentFwdInputs, RecurrentFwdOptions, Shape, chunk_bwd, chunk_fwd, recurrent_bwd,
+    recurrent_fwd,
 };
 
 use super::{Case, Computed, Gpu, seqs};
