@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, CudaViewMut};
 use fla_core::testing::{Guarded, Poison};
 use fla_core::{DType, SeqLens};
-use fla_reference::compare::{relative_rms, worst_relative_rms};
+use fla_reference::compare::{F16_SPACING, relative_rms_beyond, worst_relative_rms};
 use fla_reference::inputs::{Rng, Storage, round_to};
 use fla_reference::rwkv4 as reference;
 use fla_reference::tolerance::{Backend, Class, Dtype, Key, Model, Pass, limit};
@@ -316,7 +316,13 @@ impl Judge {
         let Self { pass, name, class } = *self;
         let key = Key { backend: Backend::Gpu, model: Model::Rwkv4, pass, dtype: dtype::<T>(), class };
         let limit = limit(key).map_err(|error| error.to_string())?;
-        let error = if groups < 2 { relative_rms(got, want) } else { worst_relative_rms(got, want, groups) };
+        // Beside a heavy state the gradients of tokens are among f16's smallest numbers, or under them.
+        let slack = if T::DTYPE == DType::F16 { F16_SPACING } else { 0.0 };
+        let error = if groups < 2 {
+            relative_rms_beyond(got, want, slack)
+        } else {
+            worst_relative_rms(got, want, groups)
+        };
         if error <= limit {
             return Ok(());
         }
