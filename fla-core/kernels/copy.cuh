@@ -59,6 +59,14 @@ __device__ inline void ld_global_no_allocate(Words<4>& w, const void* src) {
                  : "memory");
 }
 
+// The same, and the 256 bytes around it come to L2.
+__device__ inline void ld_global_no_allocate_l2_256(Words<4>& w, const void* src) {
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.at[0]), "=r"(w.at[1]), "=r"(w.at[2]), "=r"(w.at[3])
+                 : "l"(src)
+                 : "memory");
+}
+
 __device__ inline void st_global(void* dst, const Words<1>& w) {
     asm volatile("st.global.b32 [%0], %1;" : : "l"(dst), "r"(w.at[0]) : "memory");
 }
@@ -115,6 +123,18 @@ __device__ Vec<T, N> load_stream(const T* src) {
     } else {
         Words<Vec<T, N>::WORDS> w;
         ld_global_no_allocate(w, src);
+        return __builtin_bit_cast(Vec<T, N>, w);
+    }
+}
+
+// The same of rows that are read whole, whose 256 bytes come to L2 together.
+template <int N, class T>
+__device__ Vec<T, N> load_stream_rows(const T* src) {
+    if constexpr (Vec<T, N>::BYTES < 16) {
+        return load_stream<N>(src);
+    } else {
+        Words<4> w;
+        ld_global_no_allocate_l2_256(w, src);
         return __builtin_bit_cast(Vec<T, N>, w);
     }
 }

@@ -28,6 +28,13 @@ __device__ void load_masked(T (&x)[SIZE], const T* src, int valid) {
     }
 }
 
+// Whether states pass through the caches and leave nothing there: `Cfg::STATES_PASS`, no unless the kernel says so.
+template <class Cfg>
+inline constexpr bool STATES_PASS = false;
+template <class Cfg>
+    requires(Cfg::STATES_PASS)
+inline constexpr bool STATES_PASS<Cfg> = true;
+
 // How the lanes of a warp share a part of a state [K, V]: LANES_V of them side by side over V, each with COLS columns, which
 // are 16 bytes of state; 32 / LANES_V over K, each with BK rows.
 template <class Cfg>
@@ -78,6 +85,10 @@ struct Lanes {
 
     // This lane's part of a state; zeros from null.
     __device__ void load_state(float (&r_state)[BK][COLS], const State* src) const {
+        if constexpr (STATES_PASS<Cfg>) {
+            load_passing(r_state, src);
+            return;
+        }
         #pragma unroll
         for (int i = 0; i < BK; ++i) {
             #pragma unroll
@@ -93,6 +104,10 @@ struct Lanes {
     }
 
     __device__ void store_state(State* dst, const float (&r_state)[BK][COLS]) const {
+        if constexpr (STATES_PASS<Cfg>) {
+            store_passing(dst, r_state);
+            return;
+        }
         #pragma unroll
         for (int i = 0; i < BK; ++i) {
             #pragma unroll
@@ -101,6 +116,46 @@ struct Lanes {
                 #pragma unroll
                 for (int c = 0; c < STATE_ACCESS; ++c) piece.at[c] = from_f32<State>(r_state[i][j + c]);
                 if (i < rows && j < cols) store<STATE_ACCESS>(dst + (row0 + i) * V + col0 + j, piece);
+            }
+        }
+    }
+
+    // The first element of this lane. From there everything lies at offsets that the compiler knows.
+    template <class T>
+    __device__ T* own(T* state) const { return state + (i64(row0) * V + col0); }
+
+    // The same as above, without a test and an address for every access, which costs registers in other places.
+    __device__ void load_passing(float (&r_state)[BK][COLS], const State* src) const {
+        if (src == nullptr) {
+            #pragma unroll
+            for (int i = 0; i < BK; ++i) {
+                #pragma unroll
+                for (int c = 0; c < COLS; ++c) r_state[i][c] = 0.0f;
+            }
+            return;
+        }
+        const State* const at = own(src);
+        #pragma unroll
+        for (int i = 0; i < BK; ++i) {
+            #pragma unroll
+            for (int j = 0; j < COLS; j += STATE_ACCESS) {
+                Vec<State, STATE_ACCESS> piece = {};
+                if (i < rows && j < cols) piece = load_stream_rows<STATE_ACCESS>(at + i * V + j);
+                #pragma unroll
+                for (int c = 0; c < STATE_ACCESS; ++c) r_state[i][j + c] = to_f32(piece.at[c]);
+            }
+        }
+    }
+    __device__ void store_passing(State* dst, const float (&r_state)[BK][COLS]) const {
+        State* const at = own(dst);
+        #pragma unroll
+        for (int i = 0; i < BK; ++i) {
+            #pragma unroll
+            for (int j = 0; j < COLS; j += STATE_ACCESS) {
+                Vec<State, STATE_ACCESS> piece;
+                #pragma unroll
+                for (int c = 0; c < STATE_ACCESS; ++c) piece.at[c] = from_f32<State>(r_state[i][j + c]);
+                if (i < rows && j < cols) store_stream<STATE_ACCESS>(at + i * V + j, piece);
             }
         }
     }

@@ -37,16 +37,23 @@ struct Batch {
     i32 h;
 };
 
+// What a model without numbers beside its vectors asks for.
+struct NoNumbers {
+    __device__ NoNumbers operator()() const { return {}; }
+};
+
 // Walks over the tokens of all states. `copy(s_vectors, full, i_nh)` starts the copies of a state's vectors, `bytes` in all;
-// `load(lanes, s_vectors, i)` reads those of its token number i; `step(r_state, r_o, x)` applies a token;
-// `write(lanes, i_nh, i, r_o)` stores its output.
-template <class Cfg, class Vectors, class Copy, class Load, class Step, class Write>
+// `ask(i_nh)` loads into registers what is too small for such a copy, one state ahead, and calling what it returns gives the
+// numbers that are meant; `load(lanes, s_vectors, numbers, i)` makes token number i of both; `step(r_state, r_o, x)` applies
+// it; `write(lanes, i_nh, i, r_o)` stores its output.
+template <class Cfg, class Vectors, class Copy, class Ask, class Load, class Step, class Write>
 __device__ void stream_states(
     StreamShared<Cfg, Vectors>& s,
     const States<typename Cfg::State>& states,
     const Batch& batch,
     u32 bytes,
     Copy copy,
+    Ask ask,
     Load load,
     Step step,
     Write write
@@ -91,7 +98,11 @@ __device__ void stream_states(
     const bool keeps = states.tokens != nullptr || states.slots != nullptr;
     int slot = 0;
     u32 parity = 0;
+    decltype(ask(start)) next = {};
+    if (start < count) next = ask(start);
     for (u32 i_nh = start; i_nh < count; i_nh += stride) {
+        const auto numbers = next();
+        if (count - i_nh > stride) next = ask(i_nh + stride);
         StreamSlot<Cfg, Vectors>& s_slot = s.slots[group][slot];
         mbarrier_wait_parity(s.full[group][slot], parity);  // the slot holds state i_nh and its vectors
 
@@ -112,7 +123,7 @@ __device__ void stream_states(
             read_state();
             for (int i = 0; i < int(t); ++i) {
                 float r_o[L::COLS];
-                step(r_state, r_o, load(lanes, s_slot.vectors, i));
+                step(r_state, r_o, load(lanes, s_slot.vectors, numbers, i));
                 write(lanes, i_nh, i, r_o);
             }
         } else {
@@ -126,7 +137,7 @@ __device__ void stream_states(
                 read_state();
                 for (int i = 0; i < int(t); ++i) {
                     float r_o[L::COLS];
-                    step(r_state, r_o, load(lanes, s_slot.vectors, i));
+                    step(r_state, r_o, load(lanes, s_slot.vectors, numbers, i));
                     write(lanes, i_nh, i, r_o);
                     keep_state(lanes, states, head, seq, first, seq.bos + i, r_state);
                 }

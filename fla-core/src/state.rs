@@ -75,6 +75,8 @@ pub struct StatePool<'a, S> {
 pub enum StateDims {
     /// A matrix for each head: `[H, K, V]`.
     Matrix,
+    /// A matrix for each value head: `[HV, K, V]`.
+    ValueHeads,
     /// Three numbers for each channel: `[3, 1, C]`.
     Channels,
 }
@@ -83,6 +85,7 @@ impl StateDims {
     const fn whole(self) -> &'static str {
         match self {
             Self::Matrix => "[N, H, K, V]",
+            Self::ValueHeads => "[N, HV, K, V]",
             Self::Channels => "[N, 3, 1, C]",
         }
     }
@@ -90,6 +93,7 @@ impl StateDims {
     const fn pool(self) -> &'static str {
         match self {
             Self::Matrix => "[S, H, K, V]",
+            Self::ValueHeads => "[S, HV, K, V]",
             Self::Channels => "[S, 3, 1, C]",
         }
     }
@@ -97,6 +101,7 @@ impl StateDims {
     const fn tokens(self) -> &'static str {
         match self {
             Self::Matrix => "[B, T, H, K, V]",
+            Self::ValueHeads => "[B, T, HV, K, V]",
             Self::Channels => "[B, T, 3, 1, C]",
         }
     }

@@ -89,7 +89,8 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
             copy_vector(s_x.v + i * V, p.v + row * V, V, full);
         }
     };
-    const auto load = [&](const L& lanes, const Vectors& s_x, int i) {
+    const auto ask = [](u32) { return NoNumbers{}; };
+    const auto load = [&](const L& lanes, const Vectors& s_x, NoNumbers, int i) {
         Token x;
         read_shared(x.a, s_x.a + i * K + lanes.row0);
         read_shared(x.g, s_x.g + i * K + lanes.row0);
@@ -107,7 +108,7 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
         for (int c = 0; c < L::COLS; ++c) r_o[c] *= p.scale;
         lanes.store_v(p.o + row_of(i_nh, i) * V, r_o);
     };
-    stream_states<Cfg>(s, p.states, {p.n, p.t, p.h}, bytes, copy, load, step, write);
+    stream_states<Cfg>(s, p.states, {p.n, p.t, p.h}, bytes, copy, ask, load, step, write);
 }
 
 }  // namespace fla::dplr
