@@ -2,6 +2,7 @@
 
 mod dplr;
 mod rwkv4;
+mod gated_delta;
 mod rwkv7;
 
 use std::sync::Arc;
@@ -50,6 +51,7 @@ impl Gpu {
 
     fn compute_in<T: Element>(&self, case: &Case, form: Form) -> Result<Outcome> {
         let computed = match (case.operator.op, form) {
+            (Op::GatedDelta, Form::Recurrent) => gated_delta::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
             (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
