@@ -189,7 +189,7 @@ pub struct RecurrentFwdResult<T> {
 /// gates and sigmoids are f32. The error against the float64 recurrence stays under the rows `gated_delta, recurrent_fwd`
 /// of `fla_reference::tolerance`. Sums are taken in a fixed order: the same inputs give the same bits.
 ///
-/// A decay is one f32 number, off by up to 1.2e-7 of itself. A gate that stays the same is off alike at every
+/// A decay is one f32 number, off by up to 6e-8 of itself where it is slow. A gate that stays the same is off alike at every
 /// token, so what the state still holds of a token n steps back can be off by n times that.
 ///
 /// # Source
