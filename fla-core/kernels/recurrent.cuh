@@ -89,13 +89,14 @@ struct Lanes {
             load_passing(r_state, src);
             return;
         }
+        const State* own = src + row0 * V + col0;  // one address, from which the rows are constants
         #pragma unroll
         for (int i = 0; i < BK; ++i) {
             #pragma unroll
             for (int j = 0; j < COLS; j += STATE_ACCESS) {
                 Vec<State, STATE_ACCESS> piece = {};
                 if (src != nullptr && i < rows && j < cols) {
-                    piece = load_stream<STATE_ACCESS>(src + (row0 + i) * V + col0 + j);
+                    piece = load_stream<STATE_ACCESS>(own + i * V + j);
                 }
                 #pragma unroll
                 for (int c = 0; c < STATE_ACCESS; ++c) r_state[i][j + c] = to_f32(piece.at[c]);
@@ -108,6 +109,7 @@ struct Lanes {
             store_passing(dst, r_state);
             return;
         }
+        State* own = dst + row0 * V + col0;
         #pragma unroll
         for (int i = 0; i < BK; ++i) {
             #pragma unroll
@@ -115,7 +117,7 @@ struct Lanes {
                 Vec<State, STATE_ACCESS> piece;
                 #pragma unroll
                 for (int c = 0; c < STATE_ACCESS; ++c) piece.at[c] = from_f32<State>(r_state[i][j + c]);
-                if (i < rows && j < cols) store<STATE_ACCESS>(dst + (row0 + i) * V + col0 + j, piece);
+                if (i < rows && j < cols) store<STATE_ACCESS>(own + i * V + j, piece);
             }
         }
     }
@@ -171,8 +173,8 @@ struct StateHead {
 };
 
 // Keeps the state after token `i_t` where it is asked for: after every token, in the slot of that token, and after the last
-// token of a sequence.
-template <class Cfg, int BK, int COLS, class State>
+// token of a sequence. In REVERSE tokens are counted from the end of the sequence, where the walk starts.
+template <bool REVERSE = false, class Cfg, int BK, int COLS, class State>
 __device__ void keep_state(
     const Lanes<Cfg>& lanes,
     const States<State>& states,
@@ -189,7 +191,8 @@ __device__ void keep_state(
     for (int i = 0; i < 2; ++i) {
         if (dst != nullptr) lanes.store_state(dst, r_state);
         if (i == 1 || states.last == nullptr) return;
-        const i64 state = state_after(states, head.i_n, first, i_t - seq.bos, seq.eos - seq.bos);
+        const i64 number = REVERSE ? seq.eos - 1 - i_t : i_t - seq.bos;
+        const i64 state = state_after(states, head.i_n, first, number, seq.eos - seq.bos);
         dst = state == NO_STATE ? nullptr : states.last + head.at(state, ELEMS);
     }
 }
@@ -215,7 +218,7 @@ __device__ void write_zeros(
 
 // The walk of `walk_tokens`. What keeps states on the way has a text of its own: in the loop of the other its mere presence
 // costs a seventh of the time.
-template <bool KEEPS, class Cfg, class Load, class Step, class Write>
+template <bool KEEPS, bool REVERSE, class Cfg, class Load, class Step, class Write>
 __device__ void walk_from(
     i64 first,
     const Lanes<Cfg>& lanes,
@@ -230,9 +233,12 @@ __device__ void walk_from(
     using Token = decltype(load(i64(0)));
     constexpr i64 ELEMS = i64(Cfg::K) * Cfg::V;
 
+    constexpr i64 STEP = REVERSE ? -1 : 1;
+    const i64 start = REVERSE ? seq.eos - 1 : seq.bos;
+    const i64 end = REVERSE ? seq.bos - 1 : seq.eos;  // excluded
     // Asked for before the state, which is much larger and would keep it waiting.
     Token next = {};
-    if (Cfg::ONE_TOKEN || (Cfg::PREFETCH && seq.bos < seq.eos)) next = load(seq.bos);
+    if (Cfg::ONE_TOKEN || (Cfg::PREFETCH && start != end)) next = load(start);
 
     float r_state[L::BK][L::COLS];  // [BK, COLS] of [K, V]
     lanes.load_state(r_state, states.initial == nullptr ? nullptr : states.initial + head.at(first, ELEMS));
@@ -240,20 +246,20 @@ __device__ void walk_from(
     float r_o[L::COLS];
     if constexpr (Cfg::ONE_TOKEN) {
         step(r_state, r_o, next);
-        write(seq.bos, r_o);
-        if constexpr (KEEPS) keep_state(lanes, states, head, seq, first, seq.bos, r_state);
+        write(start, r_o);
+        if constexpr (KEEPS) keep_state<REVERSE>(lanes, states, head, seq, first, start, r_state);
     } else {
-        for (i64 i_t = seq.bos; i_t < seq.eos; ++i_t) {
+        for (i64 i_t = start; i_t != end; i_t += STEP) {
             Token x;
             if constexpr (Cfg::PREFETCH) {
                 x = next;
-                if (i_t + 1 < seq.eos) next = load(i_t + 1);
+                if (i_t + STEP != end) next = load(i_t + STEP);
             } else {
                 x = load(i_t);
             }
             step(r_state, r_o, x);
             write(i_t, r_o);
-            if constexpr (KEEPS) keep_state(lanes, states, head, seq, first, i_t, r_state);
+            if constexpr (KEEPS) keep_state<REVERSE>(lanes, states, head, seq, first, i_t, r_state);
         }
     }
     // A sequence without tokens hands its state through; in a pool it is there already.
@@ -261,11 +267,12 @@ __device__ void walk_from(
     if (states.last != nullptr && !is_kept) lanes.store_state(states.last + head.at(head.i_n, ELEMS), r_state);
 }
 
-// Walks over the tokens of a sequence. `load(i_t)` asks for the vectors of a token; `step(r_state, r_o, x)` applies a token to
-// the state and returns its output in every lane; `write(i_t, r_o)` stores that.
+// Walks over the tokens of a sequence, from the first to the last or in REVERSE from the last to the first. `load(i_t)` asks
+// for the vectors of a token; `step(r_state, r_o, x)` applies a token to the state and returns its output, or each lane's
+// part of it; `write(i_t, r_o)` stores that.
 //
 // A sequence whose slot is not to be touched gives zeros.
-template <class Cfg, class Load, class Step, class Write>
+template <class Cfg, bool REVERSE = false, class Load, class Step, class Write>
 __device__ void walk_tokens(
     const Lanes<Cfg>& lanes,
     const States<typename Cfg::State>& states,
@@ -276,7 +283,7 @@ __device__ void walk_tokens(
     Write write
 ) {
     if (states.slots == nullptr && states.tokens == nullptr) {
-        walk_from<false>(head.i_n, lanes, states, head, seq, load, step, write);
+        walk_from<false, REVERSE>(head.i_n, lanes, states, head, seq, load, step, write);
         return;
     }
     const i64 first = own_first_state(states, head.i_n);
@@ -284,7 +291,7 @@ __device__ void walk_tokens(
         write_zeros(lanes, states, head, seq, write);
         return;
     }
-    walk_from<true>(first, lanes, states, head, seq, load, step, write);
+    walk_from<true, REVERSE>(first, lanes, states, head, seq, load, step, write);
 }
 
 }  // namespace fla
