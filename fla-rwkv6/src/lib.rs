@@ -1,1 +1,28 @@
 #![doc = include_str!("../README.md")]
+
+mod recurrent_bwd;
+mod recurrent_fwd;
+
+mod config;
+
+pub use fla_core::{
+    Arch, Cache, Device, Element, Error, FinalState, RawSlice, SeqLens, Shape, StateElement, StatePool,
+    check_slots, cudarc,
+};
+
+pub use crate::recurrent_bwd::{
+    RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
+};
+pub use crate::recurrent_fwd::{
+    Direction, RecurrentFwd, RecurrentFwdInputs, RecurrentFwdOptions, RecurrentFwdOutputs,
+    RecurrentFwdResult, recurrent_fwd,
+};
+
+/// The kernels that most users run, for compiling ahead with [`Cache::warm`] and for checks: every pass with
+/// heads of 64 and 128 channels in every dtype, and some uneven shapes.
+#[must_use]
+pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
+    let mut units = recurrent_fwd::units(arch);
+    units.extend(recurrent_bwd::units(arch));
+    units
+}

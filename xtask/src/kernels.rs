@@ -26,7 +26,8 @@ const TUNED: &str = "sm_90a";
 const RECORD: &str = "xtask/kernels.sm_90a.txt";
 
 /// The units of every crate that has kernels.
-const CRATES: &[fn(Arch) -> Vec<Unit>] = &[fla_dplr::units, fla_gated_delta::units, fla_rwkv4::units];
+const CRATES: &[fn(Arch) -> Vec<Unit>] =
+    &[fla_dplr::units, fla_gated_delta::units, fla_rwkv4::units, fla_rwkv6::units];
 
 /// Compiles, prints the table, and compares; `Ok(false)` when a unit is refused or its numbers changed.
 pub(crate) fn run(args: &KernelsArgs) -> Result<bool> {

@@ -1,8 +1,9 @@
 //! Runs a case on the GPU: a file for each model.
 
 mod dplr;
-mod rwkv4;
 mod gated_delta;
+mod rwkv4;
+mod rwkv6;
 mod rwkv7;
 
 use std::sync::Arc;
@@ -53,6 +54,7 @@ impl Gpu {
         let computed = match (case.operator.op, form) {
             (Op::GatedDelta, Form::Recurrent) => gated_delta::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
+            (Op::Rwkv6, Form::Recurrent) => rwkv6::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
             (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
             (Op::Rwkv4, Form::Chunk) => rwkv4::chunk::<T>(self, case)?,
