@@ -38,23 +38,26 @@ impl<T: Element> Data<T> {
         let u: Vec<f32> = rng.normal(c, 0.5);
         // A prime number of values, over and over: quickly made, and no two rows alike.
         let mut tensor = || {
-            let some: Vec<f32> = rng.normal(1_000_003.min(shape.token_len()), 1.0);
-            let all = some.iter().cycle().take(shape.token_len());
-            all.map(|x| T::from_f32(*x)).collect::<Vec<T>>()
+            let some: Vec<T> = rng.normal::<f32>(1_000_003, 1.0).into_iter().map(T::from_f32).collect();
+            let len = shape.token_len();
+            let mut all = stream.alloc_zeros::<T>(len).expect("fits");
+            for from in (0..len).step_by(some.len()) {
+                let to = len.min(from + some.len());
+                stream.memcpy_htod(&some[..to - from], &mut all.slice_mut(from..to)).expect("copies");
+            }
+            let rows = (0..len).step_by(c);
+            let channels = (0..c).step_by(c / CHECKED).take(CHECKED);
+            let checked = rows.flat_map(|row| channels.clone().map(move |i_c| row + i_c));
+            (all, checked.map(|i| some[i % some.len()].to_f32()).collect::<Vec<f32>>())
         };
-        let tensors = [tensor(), tensor(), tensor()];
-        let copy = |x: &[T]| stream.clone_htod(x).expect("fits");
-        let checked = |x: &Vec<T>| {
-            let step = c / CHECKED;
-            x.chunks(c).flat_map(|row| row.iter().step_by(step).take(CHECKED)).map(|x| x.to_f32()).collect()
-        };
+        let [(k, host_k), (v, host_v), (d_o, host_d_o)] = [tensor(), tensor(), tensor()];
         Self {
-            host: tensors.iter().map(checked).collect(),
+            host: vec![host_k, host_v, host_d_o],
             w: stream.clone_htod(&w).expect("fits"),
             u: stream.clone_htod(&u).expect("fits"),
-            k: copy(&tensors[0]),
-            v: copy(&tensors[1]),
-            d_o: copy(&tensors[2]),
+            k,
+            v,
+            d_o,
             shape,
         }
     }
