@@ -11,7 +11,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::cache::Origin;
-use crate::{Arch, Cache, Error, Kernel, Params, Unit, library};
+use crate::{Arch, Cache, Cublas, Error, Kernel, Params, Unit, library};
 
 /// A GPU: its context, what it can do, and the kernels that were loaded for it.
 ///
@@ -31,6 +31,7 @@ struct Inner {
     cache: Cache,
     /// By symbol and text of the unit. The inner lock lets one thread compile while others take other kernels.
     kernels: Mutex<HashMap<String, Arc<Mutex<Option<CudaFunction>>>>>,
+    cublas: Mutex<Option<Arc<Cublas>>>,
 }
 
 impl Device {
@@ -90,6 +91,7 @@ impl Device {
             context,
             cache: Cache::from_env(),
             kernels: Mutex::default(),
+            cublas: Mutex::default(),
         };
         tracing::debug!(arch = %inner.arch, sm_count = inner.sm_count, "opened a device");
         Ok(Self { inner: Arc::new(inner) })
@@ -107,6 +109,7 @@ impl Device {
             l2_bytes: *l2_bytes,
             cache,
             kernels: Mutex::default(),
+            cublas: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -212,6 +215,20 @@ impl Device {
         // Functions load lazily; asking for a property loads this one now and not inside a graph capture.
         function.num_regs().map_err(driver)?;
         Ok(function)
+    }
+
+    /// cuBLAS on this device; one handle, which the device keeps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoCublas`] when there is none; [`Error::Cublas`] when it does not start.
+    pub fn cublas(&self) -> Result<Arc<Cublas>, Error> {
+        // A panic while it was held cannot have left it half changed.
+        let mut cublas = self.inner.cublas.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cublas) = &*cublas {
+            return Ok(cublas.clone());
+        }
+        Ok(cublas.insert(Arc::new(Cublas::new(self.context())?)).clone())
     }
 
     /// Device memory for `len` elements with undefined contents, for outputs that a pass writes whole.

@@ -50,6 +50,18 @@ pub enum Error {
         /// Every name and folder that was tried, with the loader's reason.
         tried: Vec<String>,
     },
+    /// cuBLAS, which some passes take their matrix products from, could not be opened.
+    NoCublas {
+        /// Every name and folder that was tried, with the loader's reason.
+        tried: Vec<String>,
+    },
+    /// cuBLAS refused a call.
+    Cublas {
+        /// What was being done.
+        during: &'static str,
+        /// Its status, by name where it tells.
+        status: String,
+    },
     /// NVRTC refused a kernel, or its result failed a check.
     Compile {
         /// Symbol of the kernel.
@@ -199,6 +211,13 @@ impl fmt::Display for Error {
                  ship a filled kernel cache and name it in FLA_CACHE_DIR; tried {}",
                 tried.join(", ")
             ),
+            Self::NoCublas { tried } => write!(
+                f,
+                "cuBLAS, which does this pass's matrix products, was not found: install the CUDA toolkit 12.0 or later \
+                 or the Python package nvidia-cublas, and name the folder of libcublas.so in FLA_CUDA_LIB_DIR; tried {}",
+                tried.join(", ")
+            ),
+            Self::Cublas { during, status } => write!(f, "cuBLAS failed during {during}: {status}"),
             Self::Compile { kernel, constants, arch, reason, log } => {
                 write!(f, "`{kernel}` ({constants}) does not compile for {arch}: {reason}\n{log}")
             }

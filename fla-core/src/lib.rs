@@ -17,6 +17,7 @@ pub mod compile;
 mod params;
 mod unit;
 
+mod cublas;
 mod kernel;
 mod recurrent;
 mod state;
@@ -30,6 +31,7 @@ pub use cudarc;
 pub use crate::arch::Arch;
 pub use crate::cache::Cache;
 pub use crate::chunks::Chunks;
+pub use crate::cublas::{Cublas, Factor, Product};
 pub use crate::device::Device;
 pub use crate::dtype::{DType, Element};
 pub use crate::error::Error;
@@ -43,7 +45,7 @@ pub use crate::state::{
 };
 pub use crate::tma::{Matrix, Swizzle, TensorMap};
 pub use crate::unit::{Constant, Source, Unit};
-pub use crate::workspace::Workspace;
+pub use crate::workspace::{Intermediate, Workspace};
 
 /// The CUDA building blocks that kernels of every crate may include.
 pub const HEADERS: &[Source] = &[

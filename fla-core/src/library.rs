@@ -1,4 +1,4 @@
-//! Is there a driver, is there an NVRTC: asked before any call that would panic without one.
+//! Is there a driver, an NVRTC, a cuBLAS: asked before any call that would panic without one.
 
 use std::env;
 use std::ffi::c_int;
@@ -82,11 +82,23 @@ pub(crate) fn why(error: &libloading::Error) -> String {
 
 /// Where NVRTC may lie, in order: the user's folder, the loader's path, toolkits, Python's wheels.
 pub(crate) fn nvrtc_candidates() -> Vec<PathBuf> {
-    let names: &[&str] = if cfg!(windows) {
+    candidates(if cfg!(windows) {
         &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"]
     } else {
         &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
-    };
+    })
+}
+
+/// Where cuBLAS may lie, in the same order.
+pub(crate) fn cublas_candidates() -> Vec<PathBuf> {
+    candidates(if cfg!(windows) {
+        &["cublas64_13.dll", "cublas64_12.dll"]
+    } else {
+        &["libcublas.so.13", "libcublas.so.12", "libcublas.so"]
+    })
+}
+
+fn candidates(names: &[&str]) -> Vec<PathBuf> {
     let mut out = Vec::new();
     if let Some(dir) = lib_dir() {
         out.extend(names.iter().map(|name| dir.join(name)));
@@ -104,7 +116,8 @@ pub(crate) fn described_places() -> String {
     let mut places: Vec<String> =
         ["CUDA_HOME", "CUDA_PATH", "/usr/local/cuda*", "/opt/cuda"].map(String::from).into();
     places.push(
-        "nvidia/cu13/lib and nvidia/cuda_nvrtc/lib of VIRTUAL_ENV, CONDA_PREFIX and python3 on PATH".into(),
+        "nvidia/cu13/lib, nvidia/cuda_nvrtc/lib and nvidia/cublas/lib of VIRTUAL_ENV, CONDA_PREFIX and python3 on PATH"
+            .into(),
     );
     places.join(", ")
 }
@@ -134,7 +147,7 @@ fn wheel_dirs() -> Vec<PathBuf> {
     for prefix in prefixes {
         for python in children(&prefix.join("lib"), |name| name.starts_with("python3")) {
             for packages in ["site-packages", "dist-packages"] {
-                for wheel in ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"] {
+                for wheel in ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cublas/lib"] {
                     out.push(python.join(packages).join(wheel));
                 }
             }

@@ -1,11 +1,12 @@
-//! Device memory that a pass needs while it runs: one buffer of the caller, cut into parts.
+//! Device memory that several launches of one run share: a buffer of the caller cut into parts, and outputs read again.
 
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, DevicePtrMut, SyncOnDrop};
 
-use crate::{Error, RawSlice, check_len};
+use crate::{Error, RawSlice, check_align, check_len};
 
 /// Every part starts at a multiple of this many bytes: what bulk copies, cuBLAS and whole cache lines like.
 const PART_BYTES: usize = 256;
@@ -64,6 +65,42 @@ impl<'a> Workspace<'a> {
         // SAFETY: `start..end` lies inside the buffer, which this borrows mutably for longer than the slice lives; no
         // other part overlaps it; the guard orders the buffer's other uses against the stream of the run.
         Ok(unsafe { RawSlice::new(self.ptr + start as u64, len, &self.stream) })
+    }
+}
+
+/// An output of the caller that a later launch of the same run reads.
+#[derive(Debug)]
+pub struct Intermediate<'a, T> {
+    ptr: u64,
+    len: usize,
+    stream: Arc<CudaStream>,
+    /// Ends the use of the tensor for cudarc's event tracking when the run has been queued.
+    _guard: SyncOnDrop<'a>,
+    elements: PhantomData<T>,
+}
+
+impl<'a, T> Intermediate<'a, T> {
+    /// Takes the output for work on `stream`; `name` is for errors.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Align`] when it does not start at a multiple of 16 bytes.
+    pub fn new(
+        stream: &'a CudaStream,
+        name: &'static str,
+        tensor: &'a mut dyn DevicePtrMut<T>,
+    ) -> Result<Self, Error> {
+        let (owner, len) = (tensor.stream().clone(), tensor.len());
+        let (ptr, guard) = tensor.device_ptr_mut(stream);
+        check_align(name, ptr)?;
+        Ok(Self { ptr, len, stream: owner, _guard: guard, elements: PhantomData })
+    }
+
+    /// The tensor, to be written and then read.
+    pub fn slice(&mut self) -> RawSlice<'_, T> {
+        // SAFETY: the tensor is borrowed mutably for longer than the slice lives, and the guard orders its other uses
+        // against the stream of the run.
+        unsafe { RawSlice::new(self.ptr, self.len, &self.stream) }
     }
 }
 
