@@ -6,6 +6,8 @@ mod fused_mul;
 mod gate_output_correction;
 mod k_update;
 mod kk_norm;
+mod kk_norm_k_update;
+mod token_shift_addcmul;
 
 use num_traits::Float;
 
@@ -31,6 +33,14 @@ pub use gate_output_correction::{
 };
 pub use k_update::{KUpdateGrads, KUpdateInputs, KUpdateShape, k_update_bwd, k_update_fwd};
 pub use kk_norm::{KkNormGrads, KkNormInputs, KkNormShape, kk_norm_bwd, kk_norm_fwd};
+pub use kk_norm_k_update::{
+    KkNormKUpdateGrads, KkNormKUpdateInputs, KkNormKUpdateOutputGrads, KkNormKUpdateOutputs,
+    kk_norm_k_update_bwd, kk_norm_k_update_fwd,
+};
+pub use token_shift_addcmul::{
+    TokenShiftAddcmulGrads, TokenShiftAddcmulInputs, TokenShiftAddcmulOutputs, token_shift_addcmul_bwd,
+    token_shift_addcmul_fwd,
+};
 
 /// Tensors of a pass.
 #[derive(Clone, Copy, Debug)]

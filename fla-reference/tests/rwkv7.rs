@@ -6,10 +6,11 @@ use fla_reference::inputs::Rng;
 use fla_reference::rwkv7::{
     AddcmulInputs, AddcmulOutputGrads, AddcmulShape, ChannelMixingInputs, ChannelMixingOutputGrads,
     ChannelMixingShape, FusedMulInputs, GateOutputCorrectionInputs, GateOutputCorrectionShape, KUpdateInputs,
-    KUpdateShape, KkNormInputs, KkNormShape,
+    KUpdateShape, KkNormInputs, KkNormKUpdateInputs, KkNormKUpdateOutputGrads, KkNormShape,
+    TokenShiftAddcmulInputs,
 };
 use fla_reference::tolerance::Model;
-use fla_reference::{SeqLens, Shape, dplr, rwkv7};
+use fla_reference::{SeqLens, Shape, dplr, rwkv7, token_shift};
 use num_traits::Float;
 use proptest::prelude::{Strategy, any, proptest};
 use support::{Axis, Draw, Form, Keys, Op, Problem, Random, Tensors, dense, packed, report, tensors};
@@ -271,6 +272,89 @@ fn unit_keys_have_unit_length() {
     let one = KkNormShape { tokens: 1, h: 1, k: 1 };
     let small = rwkv7::kk_norm_fwd(&one, &KkNormInputs { k: &[1e-3], k_k: &[1.0] })[0];
     assert!((small - 0.5f64.sqrt()).abs() < 1e-15, "sqrt(1e-6 + 1e-6) divides 1e-3: {small}");
+}
+
+#[test]
+fn gradients_of_kk_norm_k_update() {
+    let (shape, mut rng) = (KkNormShape { tokens: 6, h: 2, k: 5 }, Rng::new(1));
+    fn inputs(x: &Tensors<f64>) -> KkNormKUpdateInputs<'_, f64> {
+        KkNormKUpdateInputs { k: &x["k"], a: &x["a"], k_k: &x["k_k"], ka: &x["ka"] }
+    }
+    let (k, a) = (rng.normal(60, 1.0), rng.normal(60, 1.0));
+    gradients_hold(
+        tensors([("k", k), ("a", a), ("k_k", rng.normal(10, 1.0)), ("ka", rng.normal(10, 1.0))]),
+        |x| {
+            let y = rwkv7::kk_norm_k_update_fwd(&shape, &inputs(x));
+            tensors([("k_updated", y.k_updated), ("kk", y.kk), ("b", y.b)])
+        },
+        |x, dy| {
+            let (d_k_updated, d_kk, d_b) = (&dy["k_updated"], &dy["kk"], &dy["b"]);
+            let dy = KkNormKUpdateOutputGrads { d_k_updated, d_kk, d_b };
+            let dx = rwkv7::kk_norm_k_update_bwd(&shape, &inputs(x), &dy);
+            tensors([("k", dx.dk), ("a", dx.da), ("k_k", dx.dk_k), ("ka", dx.dka)])
+        },
+    );
+}
+
+#[test]
+fn gradients_of_token_shift_addcmul() {
+    let seqs = SeqLens::Packed { cu_seqlens: vec![0, 3, 3, 4, 6] };
+    let (shape, mut rng) = (token_shift::Shape { seqs, d: 5 }, Rng::new(1));
+    fn inputs(x: &Tensors<f64>) -> TokenShiftAddcmulInputs<'_, f64> {
+        TokenShiftAddcmulInputs {
+            x: &x["x"],
+            cache: Some(&x["cache"]),
+            xr: &x["xr"],
+            xw: &x["xw"],
+            xk: &x["xk"],
+            xv: &x["xv"],
+            xa: &x["xa"],
+            xg: Some(&x["xg"]),
+        }
+    }
+    let (x, cache) = (rng.normal(30, 1.0), rng.normal(20, 1.0));
+    let mut all = tensors([("x", x), ("cache", cache)]);
+    for name in ["xr", "xw", "xk", "xv", "xa", "xg"] {
+        all.insert(name, rng.normal(5, 1.0));
+    }
+    gradients_hold(
+        all,
+        |x| {
+            let y = rwkv7::token_shift_addcmul_fwd(&shape, &inputs(x));
+            let m = y.mixes;
+            tensors([
+                ("r", m.out_r),
+                ("w", m.out_w),
+                ("k", m.out_k),
+                ("v", m.out_v),
+                ("a", m.out_a),
+                ("g", m.out_g.expect("xg is given")),
+                ("cache_out", y.cache_out),
+            ])
+        },
+        |x, dy| {
+            let d_mixes = AddcmulOutputGrads {
+                d_out_r: &dy["r"],
+                d_out_w: &dy["w"],
+                d_out_k: &dy["k"],
+                d_out_v: &dy["v"],
+                d_out_a: &dy["a"],
+                d_out_g: Some(&dy["g"]),
+            };
+            let dx = rwkv7::token_shift_addcmul_bwd(&shape, &inputs(x), &d_mixes, Some(&dy["cache_out"]));
+            let m = dx.mixes;
+            tensors([
+                ("x", dx.dx),
+                ("cache", dx.d_cache),
+                ("xr", m.dxr),
+                ("xw", m.dxw),
+                ("xk", m.dxk),
+                ("xv", m.dxv),
+                ("xa", m.dxa),
+                ("xg", m.dxg.expect("xg is given")),
+            ])
+        },
+    );
 }
 
 #[test]

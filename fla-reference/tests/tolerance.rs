@@ -31,8 +31,15 @@ fn a_missing_row_is_named() {
 
 #[test]
 fn the_reference_has_limits_everywhere_in_f64_and_f32() {
-    for model in [Model::GatedDelta, Model::Dplr, Model::Rwkv7, Model::Rwkv6, Model::Rwkv4, Model::TokenShift]
-    {
+    for model in [
+        Model::GatedDelta,
+        Model::Dplr,
+        Model::Rwkv7,
+        Model::Rwkv6,
+        Model::Rwkv4,
+        Model::TokenShift,
+        Model::ChannelMixing,
+    ] {
         for pass in [Pass::RecurrentFwd, Pass::RecurrentBwd, Pass::ChunkFwd, Pass::ChunkBwd, Pass::Fused] {
             for class in [Class::Output, Class::FinalState, Class::Grad, Class::GateGrad] {
                 let key = Key { backend: Backend::Reference, model, pass, dtype: Dtype::F64, class };
