@@ -59,6 +59,11 @@ impl Gpu {
             (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
             (Op::Rwkv4, Form::Chunk) => rwkv4::chunk::<T>(self, case)?,
             (Op::Rwkv4, Form::Recurrent) => rwkv4::recurrent::<T>(self, case)?,
+            (Op::Addcmul, Form::Single) => rwkv7::addcmul::<T>(self, case)?,
+            (Op::KUpdate, Form::Single) => rwkv7::k_update::<T>(self, case)?,
+            (Op::GateOutputCorrection, Form::Single) => rwkv7::gate_output_correction::<T>(self, case)?,
+            (Op::ChannelMixing, Form::Single) => rwkv7::channel_mixing::<T>(self, case)?,
+            (Op::TokenShift, Form::Single) => rwkv7::token_shift::<T>(self, case)?,
             (_, Form::Single) => return missing(case, "kernel"),
             _ => return missing(case, &format!("{} pass", form.name())),
         };

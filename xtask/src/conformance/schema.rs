@@ -395,7 +395,7 @@ pub(super) const OPERATORS: &[Operator] = &[
     Operator {
         name: "rwkv7_channel_mixing",
         op: Op::ChannelMixing,
-        model: Model::Rwkv7,
+        model: Model::ChannelMixing,
         forms: SINGLE,
         dims: &["B", "T", "C", "F"],
         options: &[],

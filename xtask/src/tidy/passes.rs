@@ -37,34 +37,37 @@ pub(super) fn rows(tree: &Tree) -> Vec<Finding> {
     findings
 }
 
-/// Every elementwise function has its plan, kernel and reference; their file has its test, tolerance and bench.
+/// Every elementwise function has its plan, kernel and reference; all together have a test, tolerances and a bench.
+///
+/// They are in `src/fused.rs`, or in a file for each noun below `src/fused`.
 fn fused(tree: &Tree, folder: &str) -> Vec<Finding> {
     let path = format!("{folder}/src/fused.rs");
-    let Some(text) = tree.text(&path) else { return Vec::new() };
+    if tree.text(&path).is_none() {
+        return Vec::new();
+    }
     let model = model(folder);
+    let below = format!("{folder}/src/fused/");
     let mut findings = Vec::new();
-    for (number, line) in text.lines().enumerate() {
-        let Some(rest) = line.strip_prefix("pub fn fused_") else { continue };
-        let noun = rest.split(['(', '<']).next().unwrap_or_default();
-        let plan = format!("pub struct Fused{}", camel(noun));
-        let kernel = format!("{folder}/kernels/fused_{noun}.cu");
-        let references =
-            [format!("pub fn fused_{noun}"), format!("pub fn {noun}"), format!("pub fn {noun}_fwd")];
-        let under = reference_file(&model);
-        let under = under.strip_suffix(".rs").unwrap_or(&under);
-        let layers = [
-            ("plan", !declared(tree, &path, &plan).is_empty(), plan),
-            ("CUDA file", tree.text(&kernel).is_some(), kernel),
-            (
-                "reference",
-                references.iter().any(|name| !declared(tree, under, name).is_empty()),
-                format!("fla_reference::{model}::{noun}_fwd"),
-            ),
-        ];
-        for (layer, present, name) in layers {
-            if !present {
-                let message = format!("`fused_{noun}` has no {layer}: `{name}`");
-                findings.push(Finding::new(&path, number + 1, message));
+    for (path, text) in tree.with_extension(&["rs"]).filter(|(p, _)| *p == path || p.starts_with(&below)) {
+        for (number, line) in text.lines().enumerate() {
+            let Some(rest) = line.strip_prefix("pub fn fused_") else { continue };
+            let noun = rest.split(['(', '<']).next().unwrap_or_default();
+            let plan = format!("pub struct Fused{}", camel(noun));
+            let kernel = format!("{folder}/kernels/fused_{noun}.cu");
+            let layers = [
+                ("plan", !declared(tree, path, &plan).is_empty(), plan),
+                ("CUDA file", tree.text(&kernel).is_some(), kernel),
+                (
+                    "reference",
+                    fused_reference_exists(tree, &model, noun),
+                    format!("fla_reference::{model}::{noun}_fwd"),
+                ),
+            ];
+            for (layer, present, name) in layers {
+                if !present {
+                    let message = format!("`fused_{noun}` has no {layer}: `{name}`");
+                    findings.push(Finding::new(path, number + 1, message));
+                }
             }
         }
     }
@@ -76,6 +79,16 @@ fn fused(tree: &Tree, folder: &str) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// The reference of an elementwise function: among those of the model, or a module of its own with `fwd` and `bwd`.
+fn fused_reference_exists(tree: &Tree, model: &str, noun: &str) -> bool {
+    let under = reference_file(model);
+    let under = under.strip_suffix(".rs").unwrap_or(&under);
+    let of_model = [format!("pub fn fused_{noun}"), format!("pub fn {noun}"), format!("pub fn {noun}_fwd")];
+    let (module, direction) = noun.strip_suffix("_bwd").map_or((noun, "fwd"), |module| (module, "bwd"));
+    let own = declared(tree, &format!("fla-reference/src/{module}.rs"), &format!("pub fn {direction}"));
+    !own.is_empty() || of_model.iter().any(|name| !declared(tree, under, name).is_empty())
 }
 
 /// The name of a model's kernel is a pass, a pass with a stage, a stage of both directions, or `fused_<noun>`.
@@ -166,6 +179,20 @@ mod tests {
         assert_eq!(found.iter().filter(|finding| finding.line == 3).count(), 3, "{found:?}");
         assert_eq!(found.iter().filter(|finding| finding.line == 1).count(), 3, "{found:?}");
         assert_eq!(found.len(), 6, "{found:?}");
+    }
+
+    #[test]
+    fn fused_functions_may_have_a_file_each_and_a_reference_of_their_own() {
+        let mut tree = workspace("");
+        tree.files.insert("fla-dplr/src/fused.rs".to_owned(), "mod shift;\n".to_owned());
+        let text = "pub struct FusedShift;\npub fn fused_shift() {}\npub struct FusedShiftBwd;\npub fn fused_shift_bwd() {}\n";
+        tree.files.insert("fla-dplr/src/fused/shift.rs".to_owned(), text.to_owned());
+        tree.files.insert("fla-dplr/kernels/fused_shift.cu".to_owned(), String::new());
+        tree.files.insert("fla-reference/src/shift.rs".to_owned(), "pub fn fwd() {}\n".to_owned());
+        let found: Vec<Finding> =
+            rows(&tree).into_iter().filter(|finding| finding.path.ends_with("shift.rs")).collect();
+        // Forward is complete, backward has neither kernel nor reference.
+        assert!(found.len() == 2 && found.iter().all(|finding| finding.line == 4), "{found:?}");
     }
 
     #[test]
