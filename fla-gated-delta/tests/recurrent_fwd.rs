@@ -333,8 +333,8 @@ fn pool_len(n: usize, m: usize) -> usize {
 /// Slots in no order, with padding at sequence 2 and, at sequence 4, the first slot of sequence 3 again.
 fn slots(n: usize, m: usize) -> Vec<i32> {
     let total = pool_len(n, m);
-    let step =
-        (3..).find(|step| (1..=*step).all(|d| d == 1 || step % d != 0 || total % d != 0)).expect("ends");
+    let has_divisor = |step: &usize| (2..=*step).any(|d| step.is_multiple_of(d) && total.is_multiple_of(d));
+    let step = (3..).find(|step| !has_divisor(step)).expect("ends");
     let mut slots: Vec<i32> = (0..n * m).map(|i| ((i * step + 1) % total) as i32).collect();
     slots[2 * m..3 * m].fill(-1);
     let taken = slots[3 * m];

@@ -161,9 +161,9 @@ impl Problem {
         }
         let given =
             |wanted: ChannelGates| [wanted, ChannelGates::RowsAndColumns].contains(&case.channel_gates);
-        let gk = given(ChannelGates::Rows).then(|| f32s(rng.gates(shape.k_len(), gates))).unwrap_or_default();
-        let gv =
-            given(ChannelGates::Columns).then(|| f32s(rng.gates(shape.v_len(), gates))).unwrap_or_default();
+        let mut channels = |wanted, len| if given(wanted) { f32s(rng.gates(len, gates)) } else { Vec::new() };
+        let gk = channels(ChannelGates::Rows, shape.k_len());
+        let gv = channels(ChannelGates::Columns, shape.v_len());
         let beta_len = match case.beta {
             BetaForm::One => 0,
             BetaForm::PerHead => shape.head_len(),

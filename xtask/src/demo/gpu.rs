@@ -8,7 +8,7 @@ use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use fla_core::{Device, FinalState, SeqLens, Shape};
 
 use super::memory::{HEADS, K, Segment, V};
-use super::operators::DeltaInputs;
+use super::operators::{DeltaInputs, GatedDeltaGates, Rwkv4Inputs, Rwkv6Gates, rwkv4_channels};
 use crate::Result;
 
 /// A device, and the stream that everything runs on.
@@ -116,15 +116,16 @@ impl Resident {
         self.state.as_ref().map(|state| state as &dyn DevicePtr<f32>)
     }
 
-    /// Allocates the outputs of a pass, times it, and keeps the state.
+    /// Allocates the outputs of a pass, `o_len` and `state_len` elements, times it, and keeps the state.
     fn step(
         &mut self,
-        t: usize,
+        o_len: usize,
+        state_len: usize,
         run: impl FnOnce(&Resident, &mut CudaSlice<f32>, &mut CudaSlice<f32>) -> Result<()>,
     ) -> Result<GpuStep> {
         let (device, stream) = (&self.gpu.device, self.gpu.stream.clone());
-        let mut o = device.alloc(&stream, shape(t).v_len())?;
-        let mut state = device.alloc(&stream, shape(t).state_len())?;
+        let mut o = device.alloc(&stream, o_len)?;
+        let mut state = device.alloc(&stream, state_len)?;
         stream.synchronize()?;
         let begin = Instant::now();
         run(self, &mut o, &mut state)?;
@@ -147,8 +148,9 @@ impl GpuMemory for Rwkv7 {
         let gpu = self.0.gpu.clone();
         let x = Uploaded::new(&gpu, &DeltaInputs::rwkv7(segment))?;
         let options = fla_rwkv7::RecurrentFwdOptions::new();
-        let plan = fla_rwkv7::RecurrentFwd::<f32>::new(&gpu.device, &shape(segment.t()), &options)?;
-        self.0.step(segment.t(), |resident, o, final_state| {
+        let shape = shape(segment.t());
+        let plan = fla_rwkv7::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
             let x = fla_rwkv7::RecurrentFwdInputs {
                 r: &x.q,
                 w: &x.g,
@@ -181,8 +183,9 @@ impl GpuMemory for Dplr {
         let gpu = self.0.gpu.clone();
         let x = Uploaded::new(&gpu, &DeltaInputs::dplr(segment))?;
         let options = fla_dplr::RecurrentFwdOptions::new(1.0);
-        let plan = fla_dplr::RecurrentFwd::<f32>::new(&gpu.device, &shape(segment.t()), &options)?;
-        self.0.step(segment.t(), |resident, o, final_state| {
+        let shape = shape(segment.t());
+        let plan = fla_dplr::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
             let x = fla_dplr::RecurrentFwdInputs {
                 q: &x.q,
                 k: &x.k,
@@ -198,6 +201,109 @@ impl GpuMemory for Dplr {
                 final_state: FinalState::New(final_state),
                 token_states: None,
             };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
+
+/// Starts the gated delta rule.
+pub(super) fn gated_delta(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(GatedDelta(Resident { gpu: gpu.clone(), state: None })))
+}
+
+struct GatedDelta(Resident);
+
+impl GpuMemory for GatedDelta {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let gates = GatedDeltaGates::new(segment);
+        let (q, k, v) =
+            (gpu.upload(segment.next_keys())?, gpu.upload(segment.keys())?, gpu.upload(&segment.values)?);
+        let (g, beta) = (gpu.upload(&gates.g)?, gpu.upload(&gates.beta)?);
+        let options = fla_gated_delta::RecurrentFwdOptions::new(1.0);
+        let Shape { seqs, h, k: channels, v: values } = shape(segment.t());
+        let shape = fla_gated_delta::Shape { seqs, h, hv: h, k: channels, v: values };
+        let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
+            let x = fla_gated_delta::RecurrentFwdInputs {
+                q: &q,
+                k: &k,
+                v: &v,
+                g: fla_gated_delta::Gate::Log(&g),
+                gk: None,
+                gv: None,
+                beta: fla_gated_delta::Beta::PerHead(&beta),
+                initial_state: resident.initial_state(),
+                cu_seqlens: None,
+            };
+            let final_state = FinalState::New(final_state);
+            let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
+
+/// Starts RWKV-6.
+pub(super) fn rwkv6(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(Rwkv6(Resident { gpu: gpu.clone(), state: None })))
+}
+
+struct Rwkv6(Resident);
+
+impl GpuMemory for Rwkv6 {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let gates = Rwkv6Gates::new(segment);
+        let (k, v) = (gpu.upload(segment.keys())?, gpu.upload(&segment.weighted_values)?);
+        let (w, u) = (gpu.upload(&gates.w)?, gpu.upload(&gates.u)?);
+        let options = fla_rwkv6::RecurrentFwdOptions::new(1.0);
+        let shape = shape(segment.t());
+        let plan = fla_rwkv6::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
+            let x = fla_rwkv6::RecurrentFwdInputs {
+                r: &k,
+                k: &k,
+                v: &v,
+                w: &w,
+                u: &u,
+                initial_state: resident.initial_state(),
+                cu_seqlens: None,
+            };
+            let final_state = FinalState::New(final_state);
+            let mut y = fla_rwkv6::RecurrentFwdOutputs { o, final_state, token_states: None };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
+
+/// Starts RWKV-4.
+pub(super) fn rwkv4(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(Rwkv4(Resident { gpu: gpu.clone(), state: None })))
+}
+
+struct Rwkv4(Resident);
+
+impl GpuMemory for Rwkv4 {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let inputs = Rwkv4Inputs::new(segment);
+        let (w, u) = (gpu.upload(&inputs.w)?, gpu.upload(&inputs.u)?);
+        let (k, v) = (gpu.upload(&inputs.k)?, gpu.upload(&inputs.v)?);
+        let options = fla_rwkv4::RecurrentFwdOptions::new();
+        let c = rwkv4_channels();
+        let shape = fla_rwkv4::Shape { seqs: SeqLens::dense(1, segment.t()), c };
+        let plan = fla_rwkv4::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(segment.t() * c, 3 * c, |resident, o, final_state| {
+            let x = fla_rwkv4::RecurrentFwdInputs {
+                w: &w,
+                u: &u,
+                k: &k,
+                v: &v,
+                initial_state: resident.initial_state(),
+                cu_seqlens: None,
+            };
+            let final_state = FinalState::New(final_state);
+            let mut y = fla_rwkv4::RecurrentFwdOutputs { o, final_state, token_states: None };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
     }

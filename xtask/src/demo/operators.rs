@@ -81,7 +81,7 @@ pub(super) const OPERATORS: &[Operator] = &[
         model: Model::GatedDelta,
         answer: Answer::After,
         cpu: gated_delta,
-        gpu: None,
+        gpu: Some(super::gpu::gated_delta),
     },
     Operator {
         name: "RWKV-6",
@@ -89,7 +89,7 @@ pub(super) const OPERATORS: &[Operator] = &[
         model: Model::Rwkv6,
         answer: Answer::Before,
         cpu: rwkv6,
-        gpu: None,
+        gpu: Some(super::gpu::rwkv6),
     },
     Operator {
         name: "RWKV-4",
@@ -97,7 +97,7 @@ pub(super) const OPERATORS: &[Operator] = &[
         model: Model::Rwkv4,
         answer: Answer::AllBuckets,
         cpu: rwkv4,
-        gpu: None,
+        gpu: Some(super::gpu::rwkv4),
     },
 ];
 
@@ -165,7 +165,7 @@ const GROUPS: &[Group] =
 const UNTOUCHED: f32 = -8.0;
 
 /// Channels of RWKV-4.
-fn rwkv4_channels() -> usize {
+pub(super) fn rwkv4_channels() -> usize {
     GROUPS.iter().map(|group| group.buckets * V).sum()
 }
 
@@ -245,9 +245,24 @@ fn dplr(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Ste
     Step { o: y.o, state: y.final_state }
 }
 
+/// The gates of the gated delta rule.
+pub(super) struct GatedDeltaGates {
+    /// `[T, H]`  log decay
+    pub(super) g: Vec<f32>,
+    /// `[T, H]`  strength
+    pub(super) beta: Vec<f32>,
+}
+
+impl GatedDeltaGates {
+    /// Those of a segment.
+    pub(super) fn new(segment: &Segment<'_>) -> GatedDeltaGates {
+        let beta: Vec<f32> = HEADS.iter().map(|head| head.strength).collect::<Vec<_>>().repeat(segment.t());
+        GatedDeltaGates { g: vec![SLOW.ln(); beta.len()], beta }
+    }
+}
+
 fn gated_delta(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Step {
-    let beta: Vec<f32> = HEADS.iter().map(|head| head.strength).collect::<Vec<_>>().repeat(segment.t());
-    let g = vec![SLOW.ln(); beta.len()];
+    let GatedDeltaGates { g, beta } = GatedDeltaGates::new(segment);
     let x = gated_delta::Inputs {
         q: segment.next_keys(),
         k: segment.keys(),
@@ -266,11 +281,24 @@ fn gated_delta(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>)
     Step { o: y.o, state: y.final_state }
 }
 
+/// The decay and the bonus of RWKV-6.
+pub(super) struct Rwkv6Gates {
+    /// `[T, H, K]`  log decay
+    pub(super) w: Vec<f32>,
+    /// `[H, K]`  bonus: none, since the answer must not contain the byte that is being written
+    pub(super) u: Vec<f32>,
+}
+
+impl Rwkv6Gates {
+    /// Those of a segment.
+    pub(super) fn new(segment: &Segment<'_>) -> Rwkv6Gates {
+        Rwkv6Gates { w: vec![RWKV6.ln(); segment.keys().len()], u: vec![0.0; HEADS.len() * K] }
+    }
+}
+
 fn rwkv6(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Step {
     let k = segment.keys();
-    let w = vec![RWKV6.ln(); k.len()];
-    // No bonus: the answer must not contain the byte that is being written.
-    let u = vec![0.0; HEADS.len() * K];
+    let Rwkv6Gates { w, u } = Rwkv6Gates::new(segment);
     let x = rwkv6::Inputs { r: k, k, v: &segment.weighted_values, w: &w, u: &u, initial_state };
     let options = rwkv6::Options::new(1.0);
     let y = match form {
@@ -280,21 +308,40 @@ fn rwkv6(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> St
     Step { o: y.o, state: y.final_state }
 }
 
-fn rwkv4(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Step {
-    let c = rwkv4_channels();
-    let mut k = vec![UNTOUCHED; segment.t() * c];
-    let mut v = vec![0.0; segment.t() * c];
-    let codes = segment.values.chunks_exact(HEADS.len() * V);
-    for (i_t, code) in codes.enumerate() {
-        for place in rwkv4_places(segment, i_t) {
-            let place = i_t * c + place;
-            k[place..place + V].fill(0.0);
-            v[place..place + V].copy_from_slice(&code[..V]);
+/// What RWKV-4 reads.
+pub(super) struct Rwkv4Inputs {
+    /// `[C]`  logarithm of the negative log decay
+    pub(super) w: Vec<f32>,
+    /// `[C]`  bonus
+    pub(super) u: Vec<f32>,
+    /// `[T, C]`
+    pub(super) k: Vec<f32>,
+    /// `[T, C]`
+    pub(super) v: Vec<f32>,
+}
+
+impl Rwkv4Inputs {
+    /// The inputs of a segment.
+    pub(super) fn new(segment: &Segment<'_>) -> Rwkv4Inputs {
+        let c = rwkv4_channels();
+        let mut k = vec![UNTOUCHED; segment.t() * c];
+        let mut v = vec![0.0; segment.t() * c];
+        let codes = segment.values.chunks_exact(HEADS.len() * V);
+        for (i_t, code) in codes.enumerate() {
+            for place in rwkv4_places(segment, i_t) {
+                let place = i_t * c + place;
+                k[place..place + V].fill(0.0);
+                v[place..place + V].copy_from_slice(&code[..V]);
+            }
         }
+        let w = GROUPS.iter().flat_map(|group| vec![-group.tokens.ln(); group.buckets * V]).collect();
+        Rwkv4Inputs { w, u: vec![0.0; c], k, v }
     }
-    // The operator takes the logarithm of the log decay.
-    let w: Vec<f32> = GROUPS.iter().flat_map(|group| vec![-group.tokens.ln(); group.buckets * V]).collect();
-    let u = vec![0.0; c];
+}
+
+fn rwkv4(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Step {
+    let Rwkv4Inputs { w, u, k, v } = Rwkv4Inputs::new(segment);
+    let c = rwkv4_channels();
     let x = rwkv4::Inputs { w: &w, u: &u, k: &k, v: &v, initial_state };
     let shape = rwkv4::Shape { seqs: SeqLens::Dense { b: 1, t: segment.t() }, c };
     let options = rwkv4::Options::new();
