@@ -2,7 +2,7 @@
 
 use fla_core::{Arch, DType, StateStream, StateTile};
 
-use crate::gates::{BetaForm, ChannelGates, Forms, GateForm, QkNorm};
+use crate::gates::{BetaForm, ChannelGates, Forms};
 
 /// Constants of `recurrent_fwd` that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub(crate) struct RecurrentFwdConfig {
     pub(crate) min_blocks: u32,
     /// Whether the vectors of the next token are loaded while those of this one are used.
     pub(crate) prefetch: bool,
+    /// Whether states leave nothing in the caches.
+    pub(crate) states_pass: bool,
 }
 
 /// How many rows of 4 columns of the state a lane holds, or half as many of 8 columns where the state is bf16: many keep
@@ -78,11 +80,13 @@ impl RecurrentFwdVariant {
     /// Whether registers hold 32 rows: there is no loop over tokens beside them, vectors are of 16 bits, and the heads are
     /// of the sizes for which the compiler keeps them all. Others spill.
     fn holds_many_rows(&self) -> bool {
+        let Forms { channel_gates, beta, .. } = self.forms;
+        let is_per_head = channel_gates == ChannelGates::None && beta != BetaForm::PerChannel;
+        let is_for_all = self.forms.is_plain() && (self.k == 64 || self.k == 256);
         self.one_token
             && self.dtype != DType::F32
-            && !self.forms.rows()
             && self.k == self.v
-            && [64, 128, 256].contains(&self.k)
+            && (is_for_all || (is_per_head && self.k == 128))
     }
 
     /// Every choice that there is, for compiling ahead.
@@ -104,7 +108,9 @@ impl RecurrentFwdVariant {
             Rows::Few | Rows::Some => 1,
         };
         let prefetch = !self.one_token && rows == Rows::Few;
-        RecurrentFwdConfig { lanes_v, warps, min_blocks: 1, prefetch }
+        // What is done to gates and keys inside takes the registers that this costs beside many rows.
+        let states_pass = rows != Rows::Many || self.forms.is_plain();
+        RecurrentFwdConfig { lanes_v, warps, min_blocks: 1, prefetch, states_pass }
     }
 }
 
@@ -143,12 +149,7 @@ impl RecurrentFwdStream {
     /// operator has the registers.
     fn widened(&self, variant: &RecurrentFwdVariant) -> Option<Self> {
         let StateStream { lanes_v, warps, groups, .. } = self.groups;
-        let Forms { gate, channel_gates, beta, qk_norm, .. } = variant.forms;
-        let is_plain = gate != GateForm::Raw
-            && channel_gates == ChannelGates::None
-            && beta != BetaForm::PerChannel
-            && qk_norm == QkNorm::AsGiven
-            && variant.dtype != DType::F32;
+        let is_plain = variant.forms.is_plain() && variant.dtype != DType::F32;
         (is_plain && variant.state == DType::Bf16 && variant.k == 128 && warps == 8).then_some(Self {
             groups: StateStream { lanes_v: 2 * lanes_v, warps: warps / 2, groups: 2 * groups, slots: 3 },
             ..*self

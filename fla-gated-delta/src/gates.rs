@@ -112,6 +112,15 @@ impl Forms {
         matches!(self.channel_gates, ChannelGates::Columns | ChannelGates::RowsAndColumns)
     }
 
+    /// Whether numbers of a head are taken as they are given, and nothing else is done.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.gate != GateForm::Raw
+            && self.channel_gates == ChannelGates::None
+            && self.beta != BetaForm::PerChannel
+            && self.beta_map == BetaMap::AsGiven
+            && self.qk_norm == QkNorm::AsGiven
+    }
+
     /// Checks that the forms fit each other.
     pub(crate) fn check(&self) -> Result<(), Error> {
         if self.beta == BetaForm::One && self.beta_map != BetaMap::AsGiven {

@@ -438,7 +438,7 @@ fn unit<T: Element, S: StateElement>(variant: &RecurrentFwdVariant, config: &Rec
         .with("WARPS", config.warps as i32)
         .with("ONE_TOKEN", variant.one_token)
         .with("PREFETCH", config.prefetch)
-        .with("STATES_PASS", true)
+        .with("STATES_PASS", config.states_pass)
 }
 
 fn unit_sm90<T: Element, S: StateElement>(
