@@ -70,7 +70,8 @@ pub(crate) struct BenchGpuArgs {
 
 /// Compile every kernel for every architecture: registers, spills, shared memory, size, time.
 ///
-/// Needs NVRTC but no GPU. The numbers for sm_90a are compared with those in `xtask/kernels.sm_90a.txt` when they come
+/// Needs NVRTC but no GPU. For architectures that nothing is tuned for, one unit of each kernel stands for all unless they
+/// are asked for. The numbers for sm_90a are compared with those in `xtask/kernels.sm_90a.txt` when they come
 /// from the same NVRTC; a difference fails, and so does a spill.
 #[derive(Debug, Args)]
 pub(crate) struct KernelsArgs {
@@ -79,6 +80,9 @@ pub(crate) struct KernelsArgs {
     /// The architectures to compile for.
     #[arg(long, value_delimiter = ',', default_values = ARCHS)]
     pub(crate) arch: Vec<String>,
+    /// Compile every unit for every architecture, and not one of each kernel for those that are not tuned for.
+    #[arg(long)]
+    pub(crate) every: bool,
     /// Write each cubin and its assembly into this folder.
     #[arg(long, value_name = "DIR")]
     pub(crate) sass: Option<PathBuf>,
@@ -100,7 +104,7 @@ pub(crate) struct FindArgs {
 
 /// Put test and bench executables into one folder, for a GPU machine without Rust and without a network.
 ///
-/// The folder holds the stripped executables, this program, the conformance cases and `run.sh`, and stays below 60 MiB.
+/// The folder holds the stripped executables, this program, the conformance cases and `run.sh`, and stays below 160 MiB.
 /// The GPU machine needs the NVIDIA driver and NVRTC.
 #[derive(Debug, Args)]
 pub(crate) struct BundleArgs {
