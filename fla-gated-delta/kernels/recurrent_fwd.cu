@@ -51,6 +51,42 @@ concept RecurrentFwdConfig = RecurrentFwdOptions<Cfg> && requires {
     Cfg::STATES_PASS;  // states leave nothing in the caches
 };
 
+// One token and one state for each sequence: both are number `i_nh`, and only what the model learns for a head waits for the
+// number of the head.
+template <RecurrentFwdConfig Cfg>
+__device__ void one_token(
+    const RecurrentFwdParams<typename Cfg::Element, typename Cfg::State>& p, const Lanes<Cfg>& lanes, u32 i_nh
+) {
+    using L = Lanes<Cfg>;
+    constexpr i64 ELEMS = i64(Cfg::K) * Cfg::V;
+    const i64 row = i_nh;
+    const i64 qk_row = p.h == p.hv ? i_nh : i_nh / (u32(p.hv) / u32(p.h));  // of the query head that this value head reads
+    // Asked for before the state, which is much larger and would keep it waiting.
+    Numbers<typename Cfg::Element> numbers;
+    if (Cfg::LOG_GATE) numbers.g = p.g[row];
+    if (Cfg::RAW_GATE) {
+        const u32 i_h = i_nh % u32(p.hv);
+        numbers.logit = p.g_logit[row];
+        numbers.a_log = p.a_log[i_h];
+        numbers.dt_bias = p.dt_bias == nullptr ? 0.0f : p.dt_bias[i_h];
+    }
+    if (Cfg::HEAD_BETA) numbers.beta = p.beta[row];
+    Token<Cfg> x;
+    lanes.load_k(x.k, p.k + qk_row * Cfg::K);
+    lanes.load_k(x.q, p.q + qk_row * Cfg::K);
+    if (Cfg::ROW_GATES) lanes.load_k(x.gk, p.gk + row * Cfg::K);
+    lanes.load_v(x.v, p.v + row * Cfg::V);
+    if (Cfg::COLUMN_GATES) lanes.load_v(x.gv, p.gv + row * Cfg::V);
+    if (Cfg::CHANNEL_BETA) lanes.load_v(x.beta, p.beta + row * Cfg::V);
+    float r_state[L::BK][L::COLS];  // [BK, COLS] of [K, V]
+    lanes.load_state(r_state, p.states.initial == nullptr ? nullptr : p.states.initial + row * ELEMS);
+
+    float r_o[L::COLS];
+    recurrent_step<Cfg>(r_state, r_o, x, map_numbers<Cfg>(numbers), p.scale);
+    lanes.store_v(p.o + row * Cfg::V, r_o);
+    if (p.states.last != nullptr) lanes.store_state(p.states.last + row * ELEMS, r_state);
+}
+
 template <RecurrentFwdConfig Cfg>
 __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, typename Cfg::State>& p) {
     using L = Lanes<Cfg>;
@@ -62,10 +98,17 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
     // Slices of one head are neighbours, so that a block reads whole rows of a state.
     const u32 i_slice = blockIdx.x * Cfg::WARPS + threadIdx.x / 32;  // the host keeps it below 2^31
     const u32 i_nh = i_slice / L::SLICES;
-    const StateHead head = {i_nh / u32(p.hv), p.hv, i_nh % u32(p.hv)};
-    if (head.i_n >= p.n) return;
-    const i64 i_h = u32(head.i_h) / u32(p.hv / p.h);  // the query head that this value head reads
+    if (Cfg::WARPS > 1 && i64(i_nh) >= p.n * p.hv) return;
     const L lanes(i_slice % L::SLICES);
+    if constexpr (Cfg::ONE_TOKEN) {
+        // Short, because one sequence waits for the text of the kernel too.
+        if (p.states.slots == nullptr && p.states.tokens == nullptr) [[likely]] {
+            one_token<Cfg>(p, lanes, i_nh);
+            return;
+        }
+    }
+    const StateHead head = {i_nh / u32(p.hv), p.hv, i_nh % u32(p.hv)};
+    const i64 i_h = u32(head.i_h) / u32(p.hv / p.h);  // the query head that this value head reads
 
     const auto load = [&](i64 i_t) {
         const i64 row = i_t * p.hv + head.i_h, qk_row = i_t * p.h + i_h;
