@@ -52,8 +52,7 @@ __device__ i64 first_state(const States<State>& states, i64 i_n) {
 template <class State>
 __device__ bool is_taken(const States<State>& states, i64 i_n, i64 slot) {
     bool taken = false;
-    // Unrolled it would be most of a decoding kernel's text, which one sequence fetches for itself.
-    #pragma unroll 1
+    #pragma unroll 8
     for (i64 i = lane_id(); i < i_n * states.m; i += 32) taken |= states.slots[i] == slot;
     return __any_sync(FULL_WARP, taken);
 }

@@ -61,6 +61,7 @@ pub const HEADERS: &[Source] = &[
     Source { name: "fla/core/scan.cuh", text: include_str!("../kernels/scan.cuh") },
     Source { name: "fla/core/states.cuh", text: include_str!("../kernels/states.cuh") },
     Source { name: "fla/core/recurrent.cuh", text: include_str!("../kernels/recurrent.cuh") },
+    Source { name: "fla/core/token_ring.cuh", text: include_str!("../kernels/token_ring.cuh") },
     Source { name: "fla/core/recurrent_bwd.cuh", text: include_str!("../kernels/recurrent_bwd.cuh") },
     Source { name: "fla/core/recurrent_stream.cuh", text: include_str!("../kernels/recurrent_stream.cuh") },
     Source { name: "fla/core/tri_inverse.cuh", text: include_str!("../kernels/tri_inverse.cuh") },

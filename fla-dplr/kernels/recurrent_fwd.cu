@@ -11,6 +11,7 @@
 #include <fla/core/prelude.cuh>
 #include <fla/core/recurrent.cuh>
 #include <fla/core/states.cuh>
+#include <fla/core/token_ring.cuh>
 #include <fla/dplr/recurrent_fwd.cuh>
 
 namespace fla::dplr {
@@ -42,7 +43,13 @@ concept RecurrentFwdConfig = requires {
     Cfg::WARPS;       // warps of a block
     Cfg::ONE_TOKEN;   // every sequence has exactly one token
     Cfg::KEY_AND_RATE;  // a is a key and b its rate: the transition is diag(e^g) - (a b) a^T
-    Cfg::PREFETCH;    // load the next token's vectors while this one's are used
+    Cfg::PREFETCH;    // load the next token's vectors into registers while this one's are used
+    Cfg::RING;        // tokens whose vectors are in shared memory or under way to it; 0: none
+};
+
+template <class Cfg>
+struct RecurrentFwdShared {
+    TokenRing<Cfg, 5> ring;  // of a, g, b, k, q and v
 };
 
 // One token and one state for each sequence: both are number `i_nh`, and nothing waits for the number of the head.
@@ -91,15 +98,37 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
     }
     const StateHead head = {i_nh / u32(p.h), p.h, i_nh % u32(p.h)};
 
+    constexpr int RING = Cfg::RING;
+    const Sequence seq = sequence_of(Cfg::ONE_TOKEN ? nullptr : p.cu_seqlens, head.i_n, p.t);
+    const int col = L::BV * (blockIdx.x * Cfg::WARPS % L::SLICES);  // first column of the block
+    const TokenVectors<typename Cfg::Element, 5> vectors = {{p.a, p.g, p.b, p.k, p.q}, p.v};
+    extern __shared__ __align__(16) unsigned char s_bytes[];
+    auto& ring = reinterpret_cast<RecurrentFwdShared<Cfg>*>(s_bytes)->ring;
+    #pragma unroll 1
+    for (int i = 0; i < RING; ++i) {
+        if (i < seq.eos - seq.bos) ring.ask(i, vectors, (seq.bos + i) * p.h + head.i_h, col);
+        cp_async_commit_group();
+    }
+
     const auto load = [&](i64 i_t) {
         const i64 row = i_t * p.h + head.i_h;
         Token x;
-        lanes.load_k(x.a, p.a + row * Cfg::K);
-        lanes.load_k(x.g, p.g + row * Cfg::K);
-        lanes.load_k(x.b, p.b + row * Cfg::K);
-        lanes.load_k(x.k, p.k + row * Cfg::K);
-        lanes.load_k(x.q, p.q + row * Cfg::K);
-        lanes.load_v(x.v, p.v + row * Cfg::V);
+        if constexpr (RING > 0) {
+            const auto& s_x = ring.wait(i_t - seq.bos);
+            read_shared(x.a, s_x.over_k[0] + lanes.row0);
+            read_shared(x.g, s_x.over_k[1] + lanes.row0);
+            read_shared(x.b, s_x.over_k[2] + lanes.row0);
+            read_shared(x.k, s_x.over_k[3] + lanes.row0);
+            read_shared(x.q, s_x.over_k[4] + lanes.row0);
+            read_shared(x.v, s_x.over_v + lanes.col0 - col);
+        } else {
+            lanes.load_k(x.a, p.a + row * Cfg::K);
+            lanes.load_k(x.g, p.g + row * Cfg::K);
+            lanes.load_k(x.b, p.b + row * Cfg::K);
+            lanes.load_k(x.k, p.k + row * Cfg::K);
+            lanes.load_k(x.q, p.q + row * Cfg::K);
+            lanes.load_v(x.v, p.v + row * Cfg::V);
+        }
         return x;
     };
     const auto step = [&](float (&r_state)[L::BK][L::COLS], float (&r_o)[L::COLS], const Token& x) {
@@ -109,9 +138,16 @@ __device__ void recurrent_fwd(const RecurrentFwdParams<typename Cfg::Element, ty
         #pragma unroll
         for (int c = 0; c < L::COLS; ++c) r_o[c] *= p.scale;
         lanes.store_v(p.o + (i_t * p.h + head.i_h) * Cfg::V, r_o);
+        if constexpr (RING > 0) {
+            if (i_t + RING < seq.eos) {
+                ring.sync();  // every thread has read the token, and its slot is free
+                ring.ask(i_t - seq.bos, vectors, (i_t + RING) * p.h + head.i_h, col);
+            }
+            cp_async_commit_group();
+        }
     };
-    const Sequence seq = sequence_of(Cfg::ONE_TOKEN ? nullptr : p.cu_seqlens, head.i_n, p.t);
     walk_tokens<Cfg>(lanes, p.states, head, seq, load, step, write);
+    if constexpr (RING > 0) cp_async_wait_group<0>();  // a sequence that is skipped has not waited for its vectors
 }
 
 }  // namespace fla::dplr

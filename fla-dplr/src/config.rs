@@ -15,6 +15,16 @@ pub(crate) struct RecurrentFwdConfig {
     pub(crate) min_blocks: u32,
     /// Whether the vectors of the next token are loaded while those of this one are used.
     pub(crate) prefetch: bool,
+    /// Tokens whose vectors are in shared memory or under way to it.
+    pub(crate) ring: usize,
+}
+
+impl RecurrentFwdConfig {
+    /// Size of the kernel's shared memory; the unit compares it with the kernel's own.
+    pub(crate) fn smem_bytes(&self, variant: &RecurrentFwdVariant) -> usize {
+        let columns = self.lanes_v * variant.tile().cols();
+        self.ring * (5 * variant.k + self.warps * columns) * variant.dtype.bytes()
+    }
 }
 
 /// How many rows of the state a lane holds, times 4 columns, or half as many rows of 8 columns where the state is bf16: many rows keep much of the state under way at once,
@@ -97,59 +107,81 @@ impl RecurrentFwdVariant {
             && rows == Rows::Some
             && self.k == self.v
             && (self.k == 64 || self.k == 128);
-        let prefetch = !self.one_token && rows == Rows::Few;
-        RecurrentFwdConfig { lanes_v, warps, min_blocks: if tight { 16 } else { 1 }, prefetch }
+        if tight {
+            return RecurrentFwdConfig { lanes_v, warps, min_blocks: 16, prefetch: false, ring: 0 };
+        }
+        let ring = if self.one_token { 0 } else { self.ring(lanes_v) };
+        if ring == 0 {
+            let prefetch = !self.one_token && rows == Rows::Few;
+            return RecurrentFwdConfig { lanes_v, warps, min_blocks: 1, prefetch, ring };
+        }
+        // Warps of one state share a ring.
+        let slices = self.v.div_ceil(lanes_v * self.tile().cols());
+        let warps = if rows == Rows::Few { 1 } else { largest_divisor(slices, 4) };
+        // 12 warps of a multiprocessor leave 168 registers to a lane, which do for these heads.
+        let tight = rows == Rows::Some
+            && self.arch == Arch::SM_90
+            && self.state == DType::F32
+            && self.dtype != DType::F32
+            && self.k == self.v
+            && (self.k == 64 || self.k == 128);
+        let min_blocks = if tight { 12 / warps as u32 } else { 1 };
+        RecurrentFwdConfig { lanes_v, warps, min_blocks, prefetch: false, ring }
+    }
+
+    /// Tokens of a ring, where the lanes cover the state and every copy and access is a multiple of 16 bytes.
+    fn ring(&self, lanes_v: usize) -> usize {
+        let (lanes_k, columns) = (32 / lanes_v, lanes_v * self.tile().cols());
+        let rows = self.k / lanes_k;
+        let fits = rows * lanes_k == self.k
+            && self.v.is_multiple_of(columns)
+            && [rows, columns].iter().all(|n| (n * self.dtype.bytes()).is_multiple_of(16));
+        if fits { 4 } else { 0 }
     }
 }
 
-/// Constants of `recurrent_fwd_sm90`, which streams many states through shared memory.
+/// The largest divisor of `n` that is a power of two and at most `max`, which is one too.
+fn largest_divisor(n: usize, max: usize) -> usize {
+    (0..=max.ilog2()).map(|i| max >> i).find(|divisor| n.is_multiple_of(*divisor)).unwrap_or(1)
+}
+
+/// Constants of `recurrent_fwd_sm90`, which streams many states with one token each through shared memory.
 ///
-/// It loads the vectors of all tokens together with the state, so that a few tokens cost little more than one: four
-/// tokens at B = 256, H = 64, K = V = 64 took 165 us on an H200 and 252 us with the other kernel, one token 140 us.
 /// One token alone is in the hands of the memory, and it gains 3 % in a narrow range only
-/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-stream.csv`, the other kernel in `-before-stream.csv` beside it).
+/// (`records/nvidia-h200/2026-11-20-recurrent_fwd-stream.csv`, the other kernel in `-before-stream.csv` beside it). More
+/// tokens are faster with the other kernel and its ring: four at B = 256, H = 64, K = V = 64 took 166 us on an H200, 172 us
+/// here, in one run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RecurrentFwdStream {
-    /// Most tokens of a sequence.
-    pub(crate) tokens: usize,
     /// Groups and their states.
     pub(crate) groups: StateStream,
 }
 
 impl RecurrentFwdStream {
-    /// Most tokens of a call: more would leave too little shared memory for states.
-    const MAX_TOKENS: usize = 8;
-
-    /// The choice for sequences of `t` tokens, where the device and the shape allow it.
-    pub(crate) fn new(variant: &RecurrentFwdVariant, t: usize, smem_bytes: usize) -> Option<Self> {
-        if !variant.arch.has_tma() || !(1..=Self::MAX_TOKENS).contains(&t) {
+    /// The choice where the device and the shape allow it.
+    pub(crate) fn new(variant: &RecurrentFwdVariant, smem_bytes: usize) -> Option<Self> {
+        if !variant.arch.has_tma() || !variant.one_token {
             return None;
         }
-        let tokens = t.next_power_of_two();
-        // One token of a larger state is faster with the other kernel.
-        let max_warps = if t == 1 { 2 } else { 8 };
-        let groups = StateStream::new(&variant.tile(), vector_bytes(variant, tokens), max_warps, smem_bytes)?;
-        Some(Self { tokens, groups })
+        // A larger state is faster with the other kernel.
+        let groups = StateStream::new(&variant.tile(), vector_bytes(variant), 2, smem_bytes)?;
+        Some(Self { groups })
     }
 
     /// Size of the kernel's shared memory.
     pub(crate) fn smem_bytes(&self, variant: &RecurrentFwdVariant) -> usize {
-        self.groups.smem_bytes(&variant.tile(), vector_bytes(variant, self.tokens))
+        self.groups.smem_bytes(&variant.tile(), vector_bytes(variant))
     }
 
     /// Blocks of the launch: one for each multiprocessor, or none where the other kernel is faster.
-    pub(crate) fn blocks(&self, variant: &RecurrentFwdVariant, states: usize, sm_count: u32) -> Option<u32> {
-        let is_faster = match variant.tile().load(states, sm_count) {
-            load if self.tokens == 1 => (12..24).contains(&load),
-            _ => states >= sm_count as usize * self.groups.groups,
-        };
-        is_faster.then_some(sm_count)
+    pub(crate) fn blocks(variant: &RecurrentFwdVariant, states: usize, sm_count: u32) -> Option<u32> {
+        (12..24).contains(&variant.tile().load(states, sm_count)).then_some(sm_count)
     }
 }
 
-/// Bytes of the vectors of `tokens` tokens.
-const fn vector_bytes(variant: &RecurrentFwdVariant, tokens: usize) -> usize {
-    tokens * (5 * variant.k + variant.v) * variant.dtype.bytes()
+/// Bytes of the vectors of a token.
+const fn vector_bytes(variant: &RecurrentFwdVariant) -> usize {
+    (5 * variant.k + variant.v) * variant.dtype.bytes()
 }
 
 #[cfg(test)]
@@ -190,20 +222,20 @@ mod tests {
 
     #[test]
     fn states_stream_where_lanes_cover_them() {
-        let stream = |k, v, t| RecurrentFwdStream::new(&RecurrentFwdVariant { k, v, ..BASE }, t, 227 << 10);
-        for (k, v) in [(64, 64), (128, 128), (64, 128), (128, 64), (32, 32)] {
-            let choice = stream(k, v, 2).expect("streams");
+        let stream = |k, v| RecurrentFwdStream::new(&RecurrentFwdVariant { k, v, ..BASE }, 227 << 10);
+        for (k, v) in [(64, 64), (32, 64), (64, 32), (32, 32)] {
+            let choice = stream(k, v).expect("streams");
             assert_eq!(choice.groups.lanes_v * 4 * choice.groups.warps, v, "{choice:?}");
         }
-        for (k, v, t) in
-            [(64, 64, 9), (64, 64, 0), (60, 60, 1), (256, 256, 1), (64, 96, 1), (1, 1, 1), (4, 2048, 1)]
-        {
-            assert_eq!(stream(k, v, t), None, "{k} {v} {t}");
+        for (k, v) in [(60, 60), (128, 128), (256, 256), (64, 96), (1, 1), (4, 2048)] {
+            assert_eq!(stream(k, v), None, "{k} {v}");
         }
+        let tokens = RecurrentFwdVariant { one_token: false, ..BASE };
+        assert_eq!(RecurrentFwdStream::new(&tokens, 227 << 10), None);
         let ampere = RecurrentFwdVariant { arch: Arch::SM_80, ..BASE };
-        assert_eq!(RecurrentFwdStream::new(&ampere, 1, 163 << 10), None);
+        assert_eq!(RecurrentFwdStream::new(&ampere, 163 << 10), None);
         // 99 KiB, as sm_120 has, hold fewer states.
-        let small = RecurrentFwdStream::new(&BASE, 1, 99 << 10).expect("streams");
+        let small = RecurrentFwdStream::new(&BASE, 99 << 10).expect("streams");
         assert!(small.smem_bytes(&BASE) <= 99 << 10, "{small:?}");
     }
 }

@@ -277,14 +277,11 @@ fn stream_launch(
     shape: &Shape,
     device: &Device,
 ) -> Option<(RecurrentFwdStream, u32)> {
-    if !shape.seqs.is_dense() {
-        return None;
-    }
-    let config = RecurrentFwdStream::new(variant, shape.seqs.t(), device.smem_bytes() as usize)?;
+    let config = RecurrentFwdStream::new(variant, device.smem_bytes() as usize)?;
     let states = shape.seqs.n().saturating_mul(shape.h);
     // The kernel counts states in 31 bits; more fall to the other kernel, which refuses them by name.
-    let blocks =
-        config.blocks(variant, states, device.sm_count()).filter(|_| i32::try_from(states).is_ok())?;
+    let blocks = RecurrentFwdStream::blocks(variant, states, device.sm_count())
+        .filter(|_| i32::try_from(states).is_ok())?;
     Some((config, blocks))
 }
 
@@ -314,9 +311,8 @@ fn all_units<T: Element, S: StateElement>(variant: &RecurrentFwdVariant) -> impl
     let variant = RecurrentFwdVariant { dtype: T::DTYPE, state: S::DTYPE, ..*variant };
     // The shared memory that a block can ask for on sm_90, sm_100 and sm_120.
     let smem_bytes = if variant.arch.major() >= 12 { 99 << 10 } else { 227 << 10 };
-    let tokens: &[usize] = if variant.one_token { &[1] } else { &[2, 4, 8] };
-    let stream = tokens.iter().filter_map(move |t| RecurrentFwdStream::new(&variant, *t, smem_bytes));
-    let stream: Vec<Unit> = stream.map(|config| unit_sm90::<T, S>(&variant, &config)).collect();
+    let stream = RecurrentFwdStream::new(&variant, smem_bytes);
+    let stream = stream.map(|config| unit_sm90::<T, S>(&variant, &config));
     let direct: Vec<Unit> = variant.all().map(|config| unit::<T, S>(&variant, &config)).collect();
     direct.into_iter().chain(stream)
 }
@@ -326,6 +322,7 @@ fn unit<T: Element, S: StateElement>(variant: &RecurrentFwdVariant, config: &Rec
     Unit::new::<RecurrentFwdParams<T, S>>("dplr", "recurrent_fwd", SOURCE, config.warps as u32 * 32)
         .with_headers(HEADERS)
         .with_min_blocks(config.min_blocks)
+        .with_smem_bytes(config.smem_bytes(variant) as u32)
         .with("Element", T::DTYPE)
         .with("State", S::DTYPE)
         .with("K", variant.k as i32)
@@ -335,6 +332,7 @@ fn unit<T: Element, S: StateElement>(variant: &RecurrentFwdVariant, config: &Rec
         .with("ONE_TOKEN", variant.one_token)
         .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
         .with("PREFETCH", config.prefetch)
+        .with("RING", config.ring as i32)
 }
 
 fn unit_sm90<T: Element, S: StateElement>(
@@ -349,7 +347,7 @@ fn unit_sm90<T: Element, S: StateElement>(
         .with("State", S::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
-        .with("TOKENS", config.tokens as i32)
+        .with("TOKENS", 1)
         .with("LANES_V", lanes_v as i32)
         .with("WARPS", warps as i32)
         .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
