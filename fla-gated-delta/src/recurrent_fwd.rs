@@ -205,6 +205,8 @@ pub struct RecurrentFwd<T, S = f32> {
     scale: f32,
     /// None when there is nothing to launch.
     grid: Option<Grid>,
+    /// What runs instead when states go to a pool or are kept after tokens: one token that streams waits for each slot.
+    keeping: Option<(Kernel<RecurrentFwdParams<T, S>>, Grid)>,
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -233,21 +235,27 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
             forms,
         };
         let states = shape.seqs.n().saturating_mul(shape.hv);
-        let (unit, grid) = match stream_launch(&variant, shape, device) {
+        let stream = stream_launch(&variant, shape, device);
+        let config = variant.choose(states, device.sm_count());
+        tracing::debug!(?variant, ?config, ?stream, "gated_delta recurrent_fwd");
+        let direct = || -> Result<_, Error> {
+            let grid = variant.tile().grid("N * HV", states, config.lanes_v, config.warps)?;
+            Ok((device.kernel(&unit::<T, S>(&variant, &config))?, grid))
+        };
+        let (kernel, grid, keeping) = match stream {
             Some((config, blocks)) => {
-                tracing::debug!(?variant, ?config, blocks, "gated_delta recurrent_fwd streams its states");
-                (unit_sm90::<T, S>(&variant, &config), Some(Grid::x(blocks)))
+                let (kernel, grid) =
+                    if one_token { direct().map(|(k, grid)| (Some(k), grid))? } else { (None, None) };
+                let streaming = device.kernel(&unit_sm90::<T, S>(&variant, &config))?;
+                (streaming, Some(Grid::x(blocks)), kernel.zip(grid))
             }
             None => {
-                let config = variant.choose(states, device.sm_count());
-                tracing::debug!(?variant, ?config, "gated_delta recurrent_fwd");
-                let grid = variant.tile().grid("N * HV", states, config.lanes_v, config.warps)?;
-                (unit::<T, S>(&variant, &config), grid)
+                let (kernel, grid) = direct()?;
+                (kernel, grid, None)
             }
         };
-        let kernel = device.kernel(&unit)?;
         let cu_seqlens = shape.seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?;
-        Ok(Self { kernel, shape: shape.clone(), forms, cu_seqlens, scale, grid })
+        Ok(Self { kernel, shape: shape.clone(), forms, cu_seqlens, scale, grid, keeping })
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -271,6 +279,7 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
         gates.check(&self.forms, &self.shape)?;
         seqs.check_cu_seqlens(x.cu_seqlens.map(DeviceSlice::len))?;
         let state_shape = self.shape.state_shape();
+        let keeps = matches!(y.final_state, FinalState::Pool(_)) || y.token_states.is_some();
         let states = StateTensors {
             initial_state: x.initial_state,
             final_state: &mut y.final_state,
@@ -278,12 +287,16 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
         };
         states.check(&state_shape)?;
         let Some(grid) = self.grid else { return Ok(()) };
+        let (kernel, grid) = match &self.keeping {
+            Some((kernel, grid)) if keeps => (kernel, *grid),
+            _ => (&self.kernel, grid),
+        };
         let (g, raw) = match x.g {
             Gate::None => (None, None),
             Gate::Log(g) => (Some(g), None),
             Gate::Raw { g, a_log, dt_bias } => (None, Some((g, a_log, dt_bias))),
         };
-        self.kernel.launch(stream, grid, |bind| RecurrentFwdParams {
+        kernel.launch(stream, grid, |bind| RecurrentFwdParams {
             q: bind.read("q", x.q),
             k: bind.read("k", x.k),
             v: bind.read("v", x.v),
