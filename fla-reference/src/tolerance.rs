@@ -287,7 +287,8 @@ const ROWS: &[Row] = &[
         classes: &[Class::FinalState],
         limit: 1e-5,
     },
-    // The state is f32 within a call and rounded once to bf16, which alone gives 1.66e-3 on a normal tensor.
+    // The state is f32 within a call and rounded once to bf16, which alone gives 1.66e-3 on a normal tensor; all but a few
+    // elements in a hundred are the bf16 that is nearest to the reference.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
@@ -297,7 +298,9 @@ const ROWS: &[Row] = &[
         limit: 3e-3,
     },
     // As forward: arithmetic in f32, each gradient rounded once; that of a decay is formed directly, token by token, so
-    // it needs no other limit. The gradient of the initial state is f32 whatever the vectors are, and not worse.
+    // it needs no other limit. The gradient of the initial state is f32 whatever the vectors are, and not worse. Worst seen
+    // on an H200, 2026-11-20, over the 19 conformance cases of both models in both forms: 5.6e-7 in f32, 2.0e-3 in bf16,
+    // 2.4e-4 in f16; of decays 4.2e-7, 1.8e-3, 2.3e-4.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
