@@ -27,8 +27,8 @@ impl RecurrentFwdConfig {
     }
 }
 
-/// How many rows of the state a lane holds, times 4 columns, or half as many rows of 8 columns where the state is bf16: many rows keep much of the state under way at once,
-/// few rows spread a small state over more multiprocessors.
+/// How many rows of the state a lane holds, times 4 columns, or half as many rows of 8 columns where the state is bf16: many
+/// rows keep much of the state under way at once, few rows spread a small state over more multiprocessors.
 ///
 /// One token, H = 64, K = V = 64, bf16 vectors, H200, microseconds by graph replay over rotating buffers
 /// (`records/nvidia-h200/2026-11-20-recurrent_fwd-choices.csv`):
