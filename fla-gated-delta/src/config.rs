@@ -11,8 +11,6 @@ pub(crate) struct RecurrentFwdConfig {
     pub(crate) lanes_v: usize,
     /// Warps of a block.
     pub(crate) warps: usize,
-    /// Blocks that a multiprocessor has to have registers for.
-    pub(crate) min_blocks: u32,
     /// Whether the vectors of the next token are loaded while those of this one are used.
     pub(crate) prefetch: bool,
     /// Whether states leave nothing in the caches.
@@ -115,10 +113,10 @@ impl RecurrentFwdVariant {
             Rows::Few | Rows::Some => 1,
         };
         let prefetch = !self.one_token && rows == Rows::Few;
-        // Beside many rows only the plain operator has the registers. It gains: 275 us against 277 at B = 256 and 35.9 against 36.9
-        // at B = 32 (f32), 19.9 against 22.8 at B = 32 (bf16), K = V = 128, H = 32, on an H200.
+        // Beside many rows only the plain operator has the registers. It gains: 275 us against 277 at B = 256 and 35.9
+        // against 36.9 at B = 32 (f32), 19.9 against 22.8 at B = 32 (bf16), K = V = 128, H = 32, on an H200.
         let states_pass = rows != Rows::Many || self.forms.is_plain();
-        RecurrentFwdConfig { lanes_v, warps, min_blocks: 1, prefetch, states_pass }
+        RecurrentFwdConfig { lanes_v, warps, prefetch, states_pass }
     }
 }
 

@@ -446,7 +446,6 @@ fn unit<T: Element, S: StateElement>(variant: &RecurrentFwdVariant, config: &Rec
     );
     // All of these are below 2^31: `new` has checked K and V.
     with_forms(unit, &variant.tile(), &variant.forms)
-        .with_min_blocks(config.min_blocks)
         .with("LANES_V", config.lanes_v as i32)
         .with("WARPS", config.warps as i32)
         .with("ONE_TOKEN", variant.one_token)
