@@ -64,5 +64,6 @@ pub const HEADERS: &[Source] = &[
     Source { name: "fla/core/token_ring.cuh", text: include_str!("../kernels/token_ring.cuh") },
     Source { name: "fla/core/recurrent_bwd.cuh", text: include_str!("../kernels/recurrent_bwd.cuh") },
     Source { name: "fla/core/recurrent_stream.cuh", text: include_str!("../kernels/recurrent_stream.cuh") },
+    Source { name: "fla/core/operand.cuh", text: include_str!("../kernels/operand.cuh") },
     Source { name: "fla/core/tri_inverse.cuh", text: include_str!("../kernels/tri_inverse.cuh") },
 ];

@@ -1,7 +1,11 @@
 #![doc = include_str!("../README.md")]
 
+mod chunk_tiles;
 mod gates;
 mod shape;
+
+mod chunk_bwd;
+mod chunk_fwd;
 
 mod recurrent_bwd;
 mod recurrent_fwd;
@@ -13,6 +17,10 @@ pub use fla_core::{
     cudarc,
 };
 
+pub use crate::chunk_bwd::{ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkBwdResult, chunk_bwd};
+pub use crate::chunk_fwd::{
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, chunk_fwd,
+};
 pub use crate::gates::{Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, QkNorm};
 pub use crate::recurrent_bwd::{
     GateGrads, RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
@@ -29,5 +37,7 @@ pub use crate::shape::Shape;
 pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
     let mut units = recurrent_fwd::units(arch);
     units.extend(recurrent_bwd::units(arch));
+    units.extend(chunk_fwd::units(arch));
+    units.extend(chunk_bwd::units(arch));
     units
 }

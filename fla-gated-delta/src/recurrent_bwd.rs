@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Source, StateTile, Unit,
-    WalkBack, Workspace, check_len,
+    Arch, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, RawSlice, Source,
+    StateTile, Unit, WalkBack, Workspace, check_len,
 };
 use half::{bf16, f16};
 
@@ -165,7 +165,7 @@ pub struct RecurrentBwdResult<T> {
 pub struct RecurrentBwd<T> {
     kernel: Kernel<RecurrentBwdParams<T>>,
     /// For a raw gate.
-    output: Option<Kernel<RecurrentBwdOutputParams<T>>>,
+    output: Option<GateOfLogits<T>>,
     shape: Shape,
     forms: Forms,
     cu_seqlens: Option<CudaSlice<i64>>,
@@ -192,7 +192,7 @@ impl<T: Element> RecurrentBwd<T> {
         let walk = WalkBack::new(&tile, &shape.seqs, heads, device.sm_count())?;
         tracing::debug!(?tile, ?forms, ?walk, "gated_delta recurrent_bwd");
         let kernel = device.kernel(&unit::<T>(&tile, &walk, &forms))?;
-        let output = (forms.gate == GateForm::Raw).then(|| device.kernel(&output_unit::<T>())).transpose()?;
+        let output = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         let cu_seqlens = shape.seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?;
         Ok(Self { kernel, output, shape: shape.clone(), forms, cu_seqlens, scale, walk })
     }
@@ -291,22 +291,10 @@ impl<T: Element> RecurrentBwd<T> {
                 scale: self.scale,
             })?;
         }
-        let (Some(output), Some((logits, a_log, dt_bias)), GateGrads::Raw { dg, d_a_log, d_dt_bias }) =
-            (&self.output, raw, &mut dx.dg)
-        else {
-            return Ok(());
-        };
-        output.launch(stream, Grid::x(*hv as u32), |bind| RecurrentBwdOutputParams {
-            g_logit: bind.read("g", logits),
-            a_log: bind.read("a_log", a_log),
-            dt_bias: bind.read_opt("dt_bias", dt_bias),
-            dg: bind.read("workspace", &dg_of_logs),
-            d_logit: bind.write("dg", &mut **dg),
-            d_a_log: bind.write_opt("d_a_log", d_a_log.as_deref_mut()),
-            d_dt_bias: bind.write_opt("d_dt_bias", d_dt_bias.as_deref_mut()),
-            rows: (self.shape.head_len() / hv) as i64,
-            hv: *hv as i32,
-        })
+        match &self.output {
+            Some(output) => output.run(stream, &self.shape, (x.g, &dg_of_logs), &mut dx.dg),
+            None => Ok(()),
+        }
     }
 
     /// Checks which tensors there are, and their lengths and places.
@@ -319,18 +307,8 @@ impl<T: Element> RecurrentBwd<T> {
             check_len(name, "[B, T, HV, V]", shape.v_len(), len)?;
         }
         GateTensors { g: x.g, gk: x.gk, gv: x.gv, beta: x.beta }.check(&self.forms, shape)?;
+        check_gate_grads(shape, x.g, &dx.dg)?;
         let presence = |tensor, wanted| Err(Error::Presence { tensor, wanted });
-        match (x.g, &dx.dg) {
-            (Gate::None, GateGrads::None) => {}
-            (Gate::Log(_), GateGrads::Log(dg)) => check_len("dg", "[B, T, HV]", shape.head_len(), dg.len())?,
-            (Gate::Raw { .. }, GateGrads::Raw { dg, d_a_log, d_dt_bias }) => {
-                check_len("dg", "[B, T, HV]", shape.head_len(), dg.len())?;
-                for (name, tensor) in [("d_a_log", d_a_log), ("d_dt_bias", d_dt_bias)] {
-                    check_len(name, "[HV]", shape.hv, tensor.as_ref().map_or(shape.hv, |x| x.len()))?;
-                }
-            }
-            _ => return presence("dg", "must be the variant of `GateGrads` that `g` is of `Gate`"),
-        }
         let (head_len, k_len, v_len) = (shape.head_len(), shape.k_len(), shape.v_len());
         let beta = match x.beta {
             Beta::One => None,
@@ -358,6 +336,65 @@ impl<T: Element> RecurrentBwd<T> {
             check_len(name, "[N, HV, K, V]", state_len, len.unwrap_or(state_len))?;
         }
         Ok(())
+    }
+}
+
+/// Checks that the gradients of a gate are of its variant, and their lengths.
+pub(crate) fn check_gate_grads<T: Element>(
+    shape: &Shape,
+    g: Gate<'_, T>,
+    dg: &GateGrads<'_, T>,
+) -> Result<(), Error> {
+    match (g, dg) {
+        (Gate::None, GateGrads::None) => Ok(()),
+        (Gate::Log(_), GateGrads::Log(dg)) => check_len("dg", "[B, T, HV]", shape.head_len(), dg.len()),
+        (Gate::Raw { .. }, GateGrads::Raw { dg, d_a_log, d_dt_bias }) => {
+            check_len("dg", "[B, T, HV]", shape.head_len(), dg.len())?;
+            for (name, tensor) in [("d_a_log", d_a_log), ("d_dt_bias", d_dt_bias)] {
+                check_len(name, "[HV]", shape.hv, tensor.as_ref().map_or(shape.hv, |x| x.len()))?;
+            }
+            Ok(())
+        }
+        _ => {
+            let wanted = "must be the variant of `GateGrads` that `g` is of `Gate`";
+            Err(Error::Presence { tensor: "dg", wanted })
+        }
+    }
+}
+
+/// The stage `output`: from the gradient of log decays to those of logits and parameters. Passes by chunks end with it too.
+#[derive(Debug)]
+pub(crate) struct GateOfLogits<T> {
+    kernel: Kernel<RecurrentBwdOutputParams<T>>,
+}
+
+impl<T: Element> GateOfLogits<T> {
+    pub(crate) fn new(device: &Device) -> Result<Self, Error> {
+        Ok(Self { kernel: device.kernel(&output_unit::<T>())? })
+    }
+
+    /// Queues the stage for the raw gate `g` and the gradients of its log decays; the lengths have been checked.
+    pub(crate) fn run(
+        &self,
+        stream: &CudaStream,
+        shape: &Shape,
+        (g, dg_of_logs): (Gate<'_, T>, &RawSlice<'_, f32>),
+        grads: &mut GateGrads<'_, T>,
+    ) -> Result<(), Error> {
+        let (Gate::Raw { g, a_log, dt_bias }, GateGrads::Raw { dg, d_a_log, d_dt_bias }) = (g, grads) else {
+            return Ok(());
+        };
+        self.kernel.launch(stream, Grid::x(shape.hv as u32), |bind| RecurrentBwdOutputParams {
+            g_logit: bind.read("g", g),
+            a_log: bind.read("a_log", a_log),
+            dt_bias: bind.read_opt("dt_bias", dt_bias),
+            dg: bind.read("workspace", dg_of_logs),
+            d_logit: bind.write("dg", &mut **dg),
+            d_a_log: bind.write_opt("d_a_log", d_a_log.as_deref_mut()),
+            d_dt_bias: bind.write_opt("d_dt_bias", d_dt_bias.as_deref_mut()),
+            rows: (shape.head_len() / shape.hv) as i64,
+            hv: shape.hv as i32,
+        })
     }
 }
 

@@ -1,0 +1,181 @@
+// chunk_bwd_state: the gradient of the state from the last chunk to the first, and that of what the rows of a chunk write.
+//
+//   dV' = P^T dO + to_state (K dS)                                                (1)
+//   dX  = T^T dV'                                                                 (2)  of X = beta V - from_state U
+//   dS <- e^{G_C} dS + Q^T (to_output dO) - K^T (from_state dX)                   (3)
+//
+// T, P and the factors of rows come from `chunk_fwd_intra`. dV = beta dX.
+//
+// Reference  fla_reference::gated_delta::recurrent_bwd
+// Launch     grid NS * HV * ceil(V / BV), block 32 * WARPS_V * WARPS_K: a block walks a segment with BV columns of a state
+// FLA        chunk_gated_delta_rule_bwd_dhu
+#pragma once
+#include <fla/core/copy.cuh>
+#include <fla/core/math.cuh>
+#include <fla/core/operand.cuh>
+#include <fla/core/prelude.cuh>
+#include <fla/core/tile.cuh>
+#include <fla/core/warp.cuh>
+#include <fla/gated_delta/chunk.cuh>
+
+namespace fla::gated_delta {
+
+template <class Element, class Work>
+struct ChunkBwdStateParams {
+    const Element* q;            // [B, T, H, K]
+    const Element* k;            // [B, T, H, K]
+    const Element* d_o;          // [B, T, HV, V]
+    const Work* inverse;         // [NT, HV, C, C]  T
+    const Work* scores;          // [NT, HV, C, C]  P
+    const float* factors;        // [NT, HV, 8, C]
+    const i64* segments;         // [NS, 6]
+    const float* d_final_state;  // [N, HV, K, V]   null: zero
+    float* d_initial_state;      // [N, HV, K, V]   null: not wanted
+    Work* d_states;              // [NT, HV, V, K]  padded to multiples of 32 and 64; of the state after each chunk
+    Work* dx;                    // [NT, HV, V, C]  padded
+    i32 h;
+    i32 hv;
+};
+
+template <class Cfg>
+concept ChunkBwdStateConfig = ChunkTiles<Cfg> && requires {
+    Cfg::WARPS_V;  // warps side by side over V, each with 16 columns of the state
+    Cfg::WARPS_K;  // warps that share them, each with a part of K
+    Cfg::STAGES;   // chunks that are in shared memory or on their way there
+};
+
+template <ChunkBwdStateConfig Cfg>
+struct ChunkBwdStateStage {
+    template <int COLS>
+    using Tile = OperandTile<typename Cfg::Half, Cfg::PARTS, Cfg::C, COLS>;
+    Tile<PADDED_K<Cfg>> k;      // [C, K]
+    Tile<PADDED_K<Cfg>> q;      // [C, K]
+    Tile<16 * Cfg::WARPS_V> d_o;  // [C, BV]
+    Tile<Cfg::C> inverse;       // [C, C]
+    Tile<Cfg::C> scores;        // [C, C]
+    Factors<Cfg::C> factors;
+};
+
+template <ChunkBwdStateConfig Cfg>
+struct ChunkBwdStateShared {
+    ChunkBwdStateStage<Cfg> stages[Cfg::STAGES];
+    Maybe<Exchange<Cfg::WARPS_V * Cfg::WARPS_K, Cfg::C>, (Cfg::WARPS_K > 1)> exchange;
+};
+
+// Where a block works.
+struct ChunkBwdStateSlice {
+    Segment segment;
+    i64 i_hv, i_h;
+    int i_v;  // the first of its columns
+};
+
+template <ChunkBwdStateConfig Cfg>
+__device__ void load_stage(
+    ChunkBwdStateStage<Cfg>& s,
+    const ChunkBwdStateParams<typename Cfg::Element, typename Cfg::Work>& p,
+    const ChunkBwdStateSlice& slice,
+    i64 i_c
+) {
+    constexpr int C = Cfg::C, K = Cfg::K, V = Cfg::V, THREADS = 32 * Cfg::WARPS_V * Cfg::WARPS_K;
+    const i64 first = slice.segment.bos + i_c * C;
+    const int rows = int(min(i64(C), slice.segment.eos - first));
+    const i64 qk = (first * p.h + slice.i_h) * K, qk_stride = i64(p.h) * K;
+    const i64 tile = (slice.segment.chunk + i_c) * p.hv + slice.i_hv;
+    const int i_thread = threadIdx.x;
+    load_rows<THREADS, VECTORS_K<Cfg>>(s.k, p.k + qk, qk_stride, rows, K, i_thread);
+    load_rows<THREADS, VECTORS_K<Cfg>>(s.q, p.q + qk, qk_stride, rows, K, i_thread);
+    load_rows<THREADS, VECTORS_V<Cfg>>(
+        s.d_o, p.d_o + (first * p.hv + slice.i_hv) * V + slice.i_v, i64(p.hv) * V, rows, V - slice.i_v, i_thread
+    );
+    load_rows<THREADS, true>(s.inverse, p.inverse + tile * (C * C), C, C, C, i_thread);
+    load_rows<THREADS, true>(s.scores, p.scores + tile * (C * C), C, C, C, i_thread);
+    load_factors<THREADS>(s.factors, p.factors + tile * (FACTORS * C), i_thread);
+}
+
+template <ChunkBwdStateConfig Cfg>
+__device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element, typename Cfg::Work>& p) {
+    using Half = typename Cfg::Half;
+    constexpr int C = Cfg::C, K = Cfg::K, V = Cfg::V, PARTS = Cfg::PARTS, STAGES = Cfg::STAGES;
+    constexpr int WK = Cfg::WARPS_K, WARPS = Cfg::WARPS_V * WK, KW = PADDED_K<Cfg> / WK, BV = 16 * Cfg::WARPS_V;
+    constexpr u32 SLICES = ceil_div(V, BV);
+    extern __shared__ __align__(1024) unsigned char s_bytes[];
+    auto& s = *reinterpret_cast<ChunkBwdStateShared<Cfg>*>(s_bytes);
+
+    const u32 i_head = blockIdx.x / SLICES;
+    ChunkBwdStateSlice slice;
+    slice.segment = reinterpret_cast<const Segment*>(p.segments)[i_head / u32(p.hv)];
+    slice.i_hv = i_head % u32(p.hv);
+    slice.i_h = u32(slice.i_hv) / (u32(p.hv) / u32(p.h));
+    slice.i_v = blockIdx.x % SLICES * BV;
+    const Segment& segment = slice.segment;
+    const int i_warp = threadIdx.x / 32, i_wk = i_warp % WK, v_in_block = i_warp / WK * 16;
+    const int i_v = slice.i_v + v_in_block, i_k = i_wk * KW;  // of this warp
+    const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
+
+    RegTile<16, KW> r_state;  // [16, KW] of dS^T
+    load_state<K, V>(r_state, p.d_final_state == nullptr ? nullptr : p.d_final_state + state, i_v, i_k);
+    const i64 chunks = chunks_of<C>(segment);
+    #pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (i < chunks) load_stage<Cfg>(s.stages[i], p, slice, chunks - 1 - i);
+        cp_async_commit_group();
+    }
+    for (i64 i_step = 0; i_step < chunks; ++i_step) {
+        const i64 i_c = chunks - 1 - i_step;
+        if constexpr (STAGES == 1) {
+            __syncthreads();  // the last chunk has been read
+            load_stage<Cfg>(s.stages[0], p, slice, i_c);
+            cp_async_commit_group();
+            cp_async_wait_group<0>();
+            __syncthreads();  // the chunk is there
+        } else {
+            cp_async_wait_group<STAGES - 2>();
+            __syncthreads();  // the chunk is there, and the last one has been read
+            const i64 next = i_step + STAGES - 1;
+            if (next < chunks) load_stage<Cfg>(s.stages[next % STAGES], p, slice, chunks - 1 - next);
+            cp_async_commit_group();
+        }
+        const ChunkBwdStateStage<Cfg>& stage = s.stages[i_step % STAGES];
+        const i64 tile = (segment.chunk + i_c) * p.hv + slice.i_hv;
+
+        store_result<true>(
+            p.d_states + (tile * PADDED_V<Cfg> + i_v) * PADDED_K<Cfg> + i_k, PADDED_K<Cfg>, r_state,
+            PADDED_V<Cfg> - i_v, KW
+        );
+        // (1)
+        RegTile<16, C> r_v;  // [16, C] of dV'^T, then of dX^T
+        zero(r_v);
+        {
+            OperandA<Half, PARTS, 16, KW> r_s;  // [16, KW] of dS^T
+            narrow(r_s, r_state);
+            mma_shared_transposed(r_v, r_s, stage.k, 0, i_k);
+        }
+        sum_over_k<WK>(r_v, s.exchange);
+        scale_columns(r_v, stage.factors.at[TO_STATE]);
+        OperandA<Half, PARTS, 16, C> r_do, r_a;
+        load_a_transposed(r_do, stage.d_o, 0, v_in_block);
+        mma_shared<Blocks::LOWER>(r_v, r_do, stage.scores, 0, 0);
+        // (2)
+        narrow(r_a, r_v);
+        zero(r_v);
+        mma_shared<Blocks::LOWER>(r_v, r_a, stage.inverse, 0, 0);
+        if (i_wk == 0) {
+            store_result<true>(p.dx + (tile * PADDED_V<Cfg> + i_v) * C, C, r_v, PADDED_V<Cfg> - i_v, C);
+        }
+        // (3)
+        const float decay = exp2_approx(stage.factors.at[G2][C - 1]);
+        for_each(r_state, [=](int, int, float& x) { x *= decay; });
+        scale_columns(r_v, stage.factors.at[FROM_STATE]);
+        for_each(r_v, [](int, int, float& x) { x = -x; });
+        narrow(r_a, r_v);
+        mma_shared(r_state, r_a, stage.k, 0, i_k);
+        widen(r_v, r_do);
+        scale_columns(r_v, stage.factors.at[TO_OUTPUT]);
+        narrow(r_a, r_v);
+        mma_shared(r_state, r_a, stage.q, 0, i_k);
+    }
+    cp_async_wait_group<0>();
+    if (p.d_initial_state != nullptr) store_state<K, V>(p.d_initial_state + state, r_state, i_v, i_k);
+}
+
+}  // namespace fla::gated_delta

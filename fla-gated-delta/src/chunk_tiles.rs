@@ -1,0 +1,384 @@
+//! How the passes by chunks cut their tensors: chunks, segments, tiles in shared memory, and the choices for a GPU.
+
+use std::cmp::Reverse;
+
+use fla_core::cudarc::driver::CudaSlice;
+use fla_core::{Chunks, DType, Device, Error, Grid, SeqLens, Source, Unit};
+
+use crate::Shape;
+use crate::gates::{BetaForm, BetaMap, Forms, GateForm, QkNorm};
+
+pub(crate) const HEADERS: &[Source] = &[
+    Source { name: "fla/gated_delta/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") },
+    Source { name: "fla/gated_delta/chunk.cuh", text: include_str!("../kernels/chunk.cuh") },
+];
+
+/// Rows of factors that `chunk_fwd_intra` writes for each chunk and value head.
+pub(crate) const FACTORS: usize = 8;
+
+/// Shared memory that a block can have on an H200, for compiling ahead.
+pub(crate) const H200_SMEM_BYTES: usize = 227 << 10;
+
+/// Warps of a block of `chunk_bwd_output`.
+const OUTPUT_WARPS: usize = 8;
+
+/// Which way a pass goes: gradients can be too small for f16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// What is compiled in of a chunk's tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkTiles {
+    /// What vectors are stored as.
+    pub(crate) dtype: DType,
+    /// What operands of products are: a 16-bit type.
+    pub(crate) half: DType,
+    /// 16-bit numbers for each element of an operand.
+    pub(crate) parts: usize,
+    /// Rows of a chunk.
+    pub(crate) c: usize,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+}
+
+impl ChunkTiles {
+    /// The tiles for vectors of this type. Numbers of 32 bits are pairs of bf16, and so is f16 on the way back.
+    pub(crate) fn new(dtype: DType, k: usize, v: usize, direction: Direction) -> Self {
+        let (half, parts) = match (dtype, direction) {
+            (DType::Bf16, _) => (DType::Bf16, 1),
+            (DType::F16, Direction::Forward) => (DType::F16, 1),
+            (DType::F16, Direction::Backward) | (DType::F32, _) => (DType::Bf16, 2),
+        };
+        // Half the rows where a row has twice the bytes.
+        let c = if parts == 2 || k > 128 { 32 } else { 64 };
+        Self { dtype, half, parts, c, k, v }
+    }
+
+    /// What is kept between launches.
+    pub(crate) const fn work(&self) -> DType {
+        if self.parts == 2 { DType::F32 } else { self.half }
+    }
+
+    pub(crate) const fn padded_k(&self) -> usize {
+        self.k.next_multiple_of(64)
+    }
+
+    pub(crate) const fn padded_v(&self) -> usize {
+        self.v.next_multiple_of(32)
+    }
+
+    pub(crate) fn with_tiles(&self, unit: Unit) -> Unit {
+        // All of these are below 2^31: `new` of the plan has checked K and V.
+        unit.with_headers(HEADERS)
+            .with("Element", self.dtype)
+            .with("Half", self.half)
+            .with("Work", self.work())
+            .with("PARTS", self.parts as i32)
+            .with("C", self.c as i32)
+            .with("K", self.k as i32)
+            .with("V", self.v as i32)
+    }
+}
+
+pub(crate) fn with_forms(unit: Unit, forms: &Forms) -> Unit {
+    unit.with("LOG_GATE", forms.gate == GateForm::Log)
+        .with("RAW_GATE", forms.gate == GateForm::Raw)
+        .with("HEAD_BETA", forms.beta == BetaForm::PerHead)
+        .with("SIGMOID_BETA", forms.beta_map != BetaMap::AsGiven)
+        .with("TWICE_BETA", forms.beta_map == BetaMap::TwiceSigmoid)
+        .with("NORMALISE_QK", forms.qk_norm == QkNorm::L2)
+}
+
+/// Lays out a struct of shared memory as the compiler of kernels does.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    bytes: usize,
+    align: usize,
+}
+
+impl Layout {
+    const fn new() -> Self {
+        Self { bytes: 0, align: 1 }
+    }
+
+    fn add(mut self, bytes: usize, align: usize) -> Self {
+        self.bytes = self.bytes.next_multiple_of(align) + bytes;
+        self.align = self.align.max(align);
+        self
+    }
+
+    /// Adds a member, or the byte of an empty struct.
+    fn add_if(self, present: bool, member: Self) -> Self {
+        if present { self.add(member.size(), member.align) } else { self.add(1, 1) }
+    }
+
+    /// An operand `[rows, cols]`.
+    fn tile(self, tiles: &ChunkTiles, rows: usize, cols: usize) -> Self {
+        // Rows of whole 128 bytes are swizzled, others padded.
+        let (stride, align) = if cols.is_multiple_of(64) { (cols, 1024) } else { (cols + 8, 16) };
+        self.add(tiles.parts * rows * stride * 2, align)
+    }
+
+    fn factors(self, c: usize) -> Self {
+        self.add(FACTORS * c * size_of::<f32>(), 16)
+    }
+
+    fn times(self, n: usize) -> Self {
+        Self { bytes: n * self.size(), align: self.align }
+    }
+
+    const fn size(&self) -> usize {
+        self.bytes.next_multiple_of(self.align)
+    }
+}
+
+/// Size of the shared memory of `chunk_fwd_intra`.
+pub(crate) fn intra_smem_bytes(tiles: &ChunkTiles) -> usize {
+    let (c, k) = (tiles.c, tiles.padded_k());
+    let inverse = c * (c + 8) * size_of::<f32>();
+    Layout::new().tile(tiles, c, k).tile(tiles, c, k).add(inverse, 16).factors(c).size()
+}
+
+/// Which of the scans a kernel is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scan {
+    /// States and outputs.
+    Outputs,
+    /// States, which are kept.
+    States,
+    /// Gradients of states.
+    Gradients,
+}
+
+/// Constants of the scans that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ScanConfig {
+    /// Warps side by side over V, each with 16 columns of the state.
+    pub(crate) warps_v: usize,
+    /// Warps that share them, each with a part of K.
+    pub(crate) warps_k: usize,
+    /// Chunks that are in shared memory or on their way there.
+    pub(crate) stages: usize,
+}
+
+impl ScanConfig {
+    /// The choice for `states` states: the widest slices of which there are nearly as many as multiprocessors. None when
+    /// shared memory has no room for the narrowest.
+    pub(crate) fn new(tiles: &ChunkTiles, states: usize, sm_count: u32, smem_bytes: usize) -> Option<Self> {
+        let fitting: Vec<Self> = Self::all(tiles, smem_bytes).collect();
+        let enough = sm_count as usize * 3 / 4;
+        let fills = |config: &&Self| states.saturating_mul(config.slices(tiles)) >= enough;
+        fitting.iter().find(fills).or(fitting.last()).copied()
+    }
+
+    /// Every width that fits, the widest first, with as many stages as fit.
+    pub(crate) fn all(tiles: &ChunkTiles, smem_bytes: usize) -> impl Iterator<Item = Self> {
+        let tiles = *tiles;
+        let warps_k = if tiles.padded_k() > 128 { 2 } else { 1 };
+        let widths = [8, 4, 2].into_iter().filter(move |warps_v| {
+            warps_v * warps_k <= 8 && (*warps_v == 2 || 16 * warps_v < 2 * tiles.padded_v())
+        });
+        widths.filter_map(move |warps_v| {
+            let choices = (1..=3).rev().map(|stages| Self { warps_v, warps_k, stages });
+            choices.into_iter().find(|config| config.smem_bytes(&tiles, Scan::Gradients) <= smem_bytes)
+        })
+    }
+
+    pub(crate) const fn slices(&self, tiles: &ChunkTiles) -> usize {
+        tiles.v.div_ceil(16 * self.warps_v)
+    }
+
+    pub(crate) const fn threads(&self) -> u32 {
+        (32 * self.warps_v * self.warps_k) as u32
+    }
+
+    pub(crate) fn smem_bytes(&self, tiles: &ChunkTiles, scan: Scan) -> usize {
+        let (c, k, v) = (tiles.c, tiles.padded_k(), 16 * self.warps_v);
+        let q = Layout::new().tile(tiles, c, k);
+        let scores = Layout::new().tile(tiles, c, c);
+        let stage = Layout::new().tile(tiles, c, k);
+        let stage = match scan {
+            Scan::Outputs | Scan::States => {
+                let has_output = scan == Scan::Outputs;
+                let stage = stage.tile(tiles, c, v).tile(tiles, c, c).factors(c);
+                stage.add_if(has_output, q).add_if(has_output, scores)
+            }
+            Scan::Gradients => {
+                stage.tile(tiles, c, k).tile(tiles, c, v).tile(tiles, c, c).tile(tiles, c, c).factors(c)
+            }
+        };
+        let warps = self.warps_v * self.warps_k;
+        let exchange = Layout::new().add(warps * c / 2 * 32 * size_of::<f32>(), 4);
+        let stages = stage.times(self.stages);
+        Layout::new().add(stages.size(), stages.align).add_if(self.warps_k > 1, exchange).size()
+    }
+
+    pub(crate) fn with_config(&self, unit: Unit, tiles: &ChunkTiles, scan: Scan) -> Unit {
+        // Few warps, and less shared memory than a block may have.
+        unit.with_smem_bytes(self.smem_bytes(tiles, scan) as u32)
+            .with("WARPS_V", self.warps_v as i32)
+            .with("WARPS_K", self.warps_k as i32)
+            .with("STAGES", self.stages as i32)
+    }
+}
+
+/// Constants of `chunk_bwd_output` that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OutputConfig {
+    /// Columns of the state that are in shared memory at once.
+    pub(crate) bv: usize,
+    /// Such slices that are there or on their way.
+    pub(crate) stages: usize,
+    /// Value heads share a query head.
+    pub(crate) grouped: bool,
+}
+
+impl OutputConfig {
+    pub(crate) const THREADS: u32 = 32 * OUTPUT_WARPS as u32;
+
+    /// As many stages as fit; none when shared memory has no room for one.
+    pub(crate) fn new(tiles: &ChunkTiles, grouped: bool, smem_bytes: usize) -> Option<Self> {
+        let bv = 32;
+        let most = (tiles.v.div_ceil(bv) + 1).min(3);
+        let choices = (1..=most).rev().map(|stages| Self { bv, stages, grouped });
+        choices.into_iter().find(|config| config.smem_bytes(tiles) <= smem_bytes)
+    }
+
+    pub(crate) fn smem_bytes(&self, tiles: &ChunkTiles) -> usize {
+        let (c, k, bv) = (tiles.c, tiles.padded_k(), self.bv);
+        let of_states = Layout::new().tile(tiles, bv, k).tile(tiles, bv, k);
+        let stage = of_states.tile(tiles, bv, c).tile(tiles, bv, c).tile(tiles, c, bv).tile(tiles, c, bv);
+        let stages = stage.times(self.stages);
+        let buffers = self.stages.min(2);
+        let qk = Layout::new().tile(tiles, c, k).times(2 * buffers);
+        let scores = Layout::new().tile(tiles, c, c).times(2);
+        let factors = Layout::new().factors(c).times(buffers);
+        // Seven sums of each row by four warps, two of columns, dX . V; one of each warp.
+        let sums = Layout::new().add(((7 * 4 + 2 + 1) * c + OUTPUT_WARPS) * size_of::<f32>(), 4);
+        let totals = Layout::new().add(c * k * 2 * size_of::<f32>(), 4);
+        let members = [stages, qk, scores, factors, sums];
+        let all = members.iter().fold(Layout::new(), |all, member| all.add(member.size(), member.align));
+        all.add_if(self.grouped, totals).size()
+    }
+
+    pub(crate) fn with_config(&self, unit: Unit, tiles: &ChunkTiles) -> Unit {
+        // Less shared memory than a block may have.
+        unit.with_smem_bytes(self.smem_bytes(tiles) as u32)
+            .with("BV", self.bv as i32)
+            .with("STAGES", self.stages as i32)
+            .with("GROUPED", self.grouped)
+    }
+}
+
+/// The chunks of a plan, and the walks over them, on the device.
+#[derive(Debug)]
+pub(crate) struct ChunkTables {
+    /// First token and rows of each chunk: `[NT, 2]`.
+    pub(crate) chunks: CudaSlice<i64>,
+    /// What is walked in one go, the longest first: `[NS, 6]`.
+    pub(crate) segments: CudaSlice<i64>,
+    /// `NT`.
+    pub(crate) chunks_len: usize,
+    /// `NS`.
+    pub(crate) segments_len: usize,
+}
+
+impl ChunkTables {
+    pub(crate) fn new(device: &Device, seqs: &SeqLens, c: usize) -> Result<Self, Error> {
+        let (chunks, segments) = tables(seqs, c)?;
+        let (chunks_len, segments_len) = (chunks.len() / 2, segments.len() / 6);
+        Ok(Self {
+            chunks: device.upload_offsets(&chunks)?,
+            segments: device.upload_offsets(&segments)?,
+            chunks_len,
+            segments_len,
+        })
+    }
+}
+
+/// The tables of chunks and of segments, which are whole sequences.
+fn tables(seqs: &SeqLens, c: usize) -> Result<(Vec<usize>, Vec<usize>), Error> {
+    let offsets = Chunks::new(seqs, c)?;
+    let (mut chunks, mut segments, mut bos) = (Vec::new(), Vec::new(), 0);
+    for (i_n, first_chunk) in offsets.offsets().iter().enumerate().take(seqs.n()) {
+        // `Chunks` has asked for the lengths.
+        let eos = bos + seqs.len(i_n).unwrap_or(0);
+        chunks.extend((bos..eos).step_by(c).flat_map(|first| [first, c.min(eos - first)]));
+        segments.push([bos, eos, *first_chunk, i_n, 1, 1]);
+        bos = eos;
+    }
+    segments.sort_by_key(|segment| Reverse(segment[1] - segment[0]));
+    Ok((chunks, segments.concat()))
+}
+
+/// The blocks of a launch that gives `per_unit` of them to each of `n`; none when there is nothing to do.
+pub(crate) fn grid(dim: &'static str, n: usize, per_unit: usize) -> Result<Option<Grid>, Error> {
+    match i32::try_from(n.saturating_mul(per_unit)) {
+        Ok(0) => Ok(None),
+        Ok(blocks) => Ok(Some(Grid::x(blocks as u32))),
+        Err(_) => {
+            let wanted = format!("at most {}", i32::MAX as usize / per_unit);
+            Err(Error::Dim { dim, wanted, got: n })
+        }
+    }
+}
+
+/// Checks what a plan by chunks does not take.
+pub(crate) fn check_forms(forms: &Forms) -> Result<(), Error> {
+    if forms.beta == BetaForm::PerChannel {
+        let (option, got) = ("beta", format!("{:?}", forms.beta));
+        return Err(Error::Option { option, wanted: "`One` or `PerHead` in a pass by chunks", got });
+    }
+    forms.check()
+}
+
+/// The error for heads whose tiles do not fit in the shared memory of a block.
+pub(crate) fn too_large(shape: &Shape, smem_bytes: usize) -> Error {
+    let wanted =
+        format!("smaller with vectors of this type, on a GPU with {smem_bytes} bytes of shared memory");
+    Error::Dim { dim: "K", wanted, got: shape.k }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ChunkTiles, Direction, OutputConfig, ScanConfig, tables};
+    use fla_core::{DType, SeqLens};
+
+    const H200: usize = super::H200_SMEM_BYTES;
+
+    #[test]
+    fn chunks_and_segments_belong_to_sequences() {
+        let seqs = SeqLens::packed(&[0, 0, 70, 71], 71).expect("valid");
+        let (chunks, segments) = tables(&seqs, 64).expect("valid");
+        assert_eq!(chunks, [0, 64, 64, 6, 70, 1]);
+        assert_eq!(segments, [0, 70, 0, 1, 1, 1, 70, 71, 2, 2, 1, 1, 0, 0, 0, 0, 1, 1]);
+        let (chunks, segments) = tables(&SeqLens::dense(2, 65), 64).expect("valid");
+        assert_eq!(chunks, [0, 64, 64, 1, 65, 64, 129, 1]);
+        assert_eq!(segments, [0, 65, 0, 0, 1, 1, 65, 130, 2, 1, 1, 1]);
+    }
+
+    #[test]
+    fn every_head_fits_an_h200() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for direction in [Direction::Forward, Direction::Backward] {
+                for (k, v) in [(1, 1), (64, 64), (128, 128), (256, 512), (192, 64), (33, 65)] {
+                    let tiles = ChunkTiles::new(dtype, k, v, direction);
+                    assert!(ScanConfig::new(&tiles, 1, 132, H200).is_some(), "{tiles:?}");
+                    for grouped in [false, true] {
+                        assert!(OutputConfig::new(&tiles, grouped, H200).is_some(), "{tiles:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_states_are_cut_into_narrow_slices() {
+        let tiles = ChunkTiles::new(DType::Bf16, 128, 128, Direction::Forward);
+        let warps = |states| ScanConfig::new(&tiles, states, 132, H200).expect("fits").warps_v;
+        assert_eq!([8, 32, 64, 256].map(warps), [2, 2, 4, 8]);
+    }
+}
