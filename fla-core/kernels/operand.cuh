@@ -210,6 +210,32 @@ __device__ void mma_shared_transposed(
     mma_blocks<BLOCKS, true>(d, a, s, row0, col0);
 }
 
+// d += x b with b = the transpose of s[row0 .. row0 + N, col0 .. col0 + K], where x is rounded 16 columns at a time: it has
+// other uses, and registers do not hold it twice.
+template <class Half, int PARTS, int N, int K, int S_ROWS, int S_COLS>
+__device__ void mma_rounded_transposed(
+    RegTile<16, N>& d,
+    const RegTile<16, K>& x,
+    const OperandTile<Half, PARTS, S_ROWS, S_COLS>& s,
+    int row0,
+    int col0
+) {
+    #pragma unroll
+    for (int k = 0; k < K / 16; ++k) {
+        RegTile<16, 16> block;
+        #pragma unroll
+        for (int n = 0; n < 8; ++n) block.at[0][n / 4][n % 4] = x.at[0][2 * k + n / 4][n % 4];
+        OperandA<Half, PARTS, 16, 16> a;
+        narrow(a, block);
+        #pragma unroll
+        for (int j = 0; j < N / 16; ++j) {
+            OperandB<Half, PARTS, 16, 16> b;
+            load_b_transposed(b, s, row0 + 16 * j, col0 + 16 * k);
+            mma_block(d, j, a, 0, b);
+        }
+    }
+}
+
 // s[row0 .. row0 + ROWS, col0 .. col0 + COLS] = r in parts.
 template <class Half, int PARTS, int S_ROWS, int S_COLS, int ROWS, int COLS>
 __device__ void store(
@@ -253,8 +279,10 @@ __device__ void load_rows(
     OperandTile<Half, PARTS, ROWS, COLS>& s, const Element* src, i64 stride, int rows, int cols, int i_thread
 ) {
     constexpr int PIECES = COLS / 8;  // of 8 elements, in a row
-    // Few at once: addresses take registers that the caller needs for matrices.
-    #pragma unroll 4
+    constexpr bool ASYNC = VECTORS && PARTS == 1 && same<Half, Element>;
+    // Few at once: addresses and numbers take registers that the caller needs for matrices.
+    constexpr int AT_ONCE = ASYNC ? 4 : 1;
+    #pragma unroll AT_ONCE
     for (int first = 0; first < ROWS * PIECES; first += THREADS) {
         const u32 i = first + i_thread;
         if (ROWS * PIECES % THREADS != 0 && i >= ROWS * PIECES) break;
@@ -262,7 +290,7 @@ __device__ void load_rows(
         const bool inside = row < rows && col < cols;
         // The address of what is not read stays inside the matrix.
         const Element* piece = src + (inside ? row * stride + col : 0);
-        if constexpr (VECTORS && PARTS == 1 && same<Half, Element>) {
+        if constexpr (ASYNC) {
             cp_async_cg_16(&s.part[0].at(row, col), piece, inside ? 16 : 0);
         } else {
             float x[8] = {};

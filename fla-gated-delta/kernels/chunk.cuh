@@ -6,6 +6,7 @@
 #pragma once
 #include <fla/core/operand.cuh>
 #include <fla/core/prelude.cuh>
+#include <fla/core/scan.cuh>
 #include <fla/core/tile.cuh>
 #include <fla/core/warp.cuh>
 
@@ -42,7 +43,8 @@ enum Factor {
     FROM_STATE,   // beta gamma k_norm: of what a key reads from the state before the chunk
     TO_OUTPUT,    // scale gamma q_norm: of what a query reads there
     TO_STATE,     // k_norm e^{G_C - G_i}: of what a row adds to the state after the chunk
-    FACTORS = 8,  // one is not used
+    GROWTH,       // log2 of the most that the token can stretch a state by, decay included
+    FACTORS,
 };
 
 template <int C>
@@ -56,13 +58,14 @@ struct Chunk {
     i64 rows;
 };
 
-// Rows of the table of segments, [NS, 6]: chunks of one sequence that follow each other.
+// Rows of the table of segments, [NS, 6]: chunks of one sequence that follow each other. Segments of a sequence follow each
+// other too.
 struct Segment {
     i64 bos, eos;  // tokens
     i64 chunk;     // the first
     i64 i_n;       // of the sequence
-    i64 first;     // 1: it begins with the sequence
-    i64 last;      // 1: it ends with the sequence
+    i64 before;    // segments of the sequence before this one
+    i64 after;     // and after it
 };
 
 template <int C>
@@ -149,6 +152,96 @@ __device__ void store_state(float* state, RegTile<16, KW>& r, int i_v, int i_k) 
         const int v = i_v + row, k = i_k + col;
         if (v < V && k < K) state[i64(k) * V + v] = x;
     });
+}
+
+// How a segment changes a state, for sequences that are cut into several: S -> M S + N, and dS -> M^T dS + N' on the way
+// back. Rows are columns of the state: N^T [V, K], then M^T [K, K], both padded. What M makes of any state may be so small
+// that it is left out; then it is not there, and neither is what came before.
+template <class Cfg>
+inline constexpr int MAP_ROWS = PADDED_V<Cfg> + PADDED_K<Cfg>;
+
+// A product of decays and steps that is taken for 0: log2 of it.
+inline constexpr float VANISHED = -0x1.f8p+6f;  // -126
+
+// How many of the last of `chunks`, or of the first, have steps that together leave nothing of a state; one more than there
+// are when something is left. `s_count` hands the number round; the whole block calls it.
+template <int C>
+__device__ i64 chunks_to_walk(int& s_count, const float* growth, i64 stride, i64 chunks, bool from_start) {
+    if (threadIdx.x < 32) {
+        const int lane = lane_id();
+        float before = 0.0f;
+        i64 count = chunks + 1;
+        for (i64 first = 0; first < chunks; first += 32) {
+            // A chunk for each lane.
+            const i64 i = first + lane;
+            float sum = 0.0f;
+            if (i < chunks) {
+                const float* rows = growth + (from_start ? i : chunks - 1 - i) * stride;
+                #pragma unroll 4
+                for (int row = 0; row < C; row += 4) {
+                    const Vec<float, 4> x = load_nc<4>(rows + row);
+                    sum += (x.at[0] + x.at[1]) + (x.at[2] + x.at[3]);
+                }
+            }
+            sum = before + group_prefix_sum<32>(sum);
+            const u32 vanished = __ballot_sync(FULL_WARP, i < chunks && sum <= VANISHED);
+            if (vanished != 0) {
+                count = first + __ffs(vanished);
+                break;
+            }
+            before = __shfl_sync(FULL_WARP, sum, 31);
+        }
+        if (lane == 0) s_count = int(count);
+    }
+    __syncthreads();  // the count is there
+    return s_count;
+}
+
+// Room for a product with a map: a slice of the state, and a strip of the map. Both are pairs of bf16.
+template <int ROWS, int K>
+struct MapTiles {
+    OperandTile<bf16, 2, ROWS, K> state;
+    OperandTile<bf16, 2, 64, K> strip;
+};
+
+// r = r times a matrix [K, K] of f32 in global memory, or its transpose, a strip of 64 rows at a time. The whole block calls
+// it, 16 rows for each warp.
+template <int THREADS, bool TRANSPOSED, int ROWS, int K>
+__device__ void times_map(RegTile<16, K>& r, MapTiles<ROWS, K>& s, const float* matrix) {
+    const int row0 = threadIdx.x / 32 * 16;
+    store(s.state, r, row0, 0);
+    __syncwarp();  // the warp's rows are there
+    zero(r);
+    #pragma unroll
+    for (int k = 0; k < K; k += 64) {
+        __syncthreads();  // the last strip has been read
+        load_rows<THREADS, true>(s.strip, matrix + i64(k) * K, K, 64, K, threadIdx.x);
+        __syncthreads();  // this one is there
+        OperandA<bf16, 2, 16, 16> a;
+        OperandB<bf16, 2, 16, 16> b;
+        // Its rows are columns of the result when it is transposed, and of the slice when it is not.
+        #pragma unroll 1
+        for (int i = 0; i < (TRANSPOSED ? K : 64); i += 16) {
+            load_a(a, s.state, row0, TRANSPOSED ? i : k + i);
+            #pragma unroll
+            for (int j = 0; j < (TRANSPOSED ? 64 : K) / 16; ++j) {
+                if constexpr (TRANSPOSED) {
+                    load_b_transposed(b, s.strip, 16 * j, i);
+                    mma_block(r, k / 16 + j, a, 0, b);
+                } else {
+                    load_b(b, s.strip, i, 16 * j);
+                    mma_block(r, j, a, 0, b);
+                }
+            }
+        }
+    }
+    __syncthreads();  // the last strip has been read
+}
+
+// r += rows i_v .. of a matrix [.., K] of f32.
+template <int K>
+__device__ void add_rows(RegTile<16, K>& r, const float* matrix, int i_v) {
+    for_each(r, [=](int row, int col, float& x) { x += matrix[i64(i_v + row) * K + col]; });
 }
 
 }  // namespace fla::gated_delta

@@ -4,7 +4,8 @@
 //   dX  = T^T dV'                                                                 (2)  of X = beta V - from_state U
 //   dS <- e^{G_C} dS + Q^T (to_output dO) - K^T (from_state dX)                   (3)
 //
-// T, P and the factors of rows come from `chunk_fwd_intra`. dV = beta dX.
+// T, P and the factors of rows come from `chunk_fwd_intra`. dV = beta dX. Of a sequence that is cut into segments a launch
+// before makes N' of each, by the same walk from a gradient of zero; M is that of `chunk_fwd_state`.
 //
 // Reference  fla_reference::gated_delta::recurrent_bwd
 // Launch     grid NS * HV * ceil(V / BV), block 32 * WARPS_V * WARPS_K: a block walks a segment with BV columns of a state
@@ -33,6 +34,9 @@ struct ChunkBwdStateParams {
     float* d_initial_state;      // [N, HV, K, V]   null: not wanted
     Work* d_states;              // [NT, HV, V, K]  padded to multiples of 32 and 64; of the state after each chunk
     Work* dx;                    // [NT, HV, V, C]  padded
+    const float* maps;           // [NS, HV, V + K, K]  padded; null where no sequence is cut
+    const i32* kept;             // [NS, HV]        whether M is there
+    float* d_maps;               // [NS, HV, V, K]  padded; N'^T
     i32 h;
     i32 hv;
 };
@@ -42,6 +46,8 @@ concept ChunkBwdStateConfig = ChunkTiles<Cfg> && requires {
     Cfg::WARPS_V;  // warps side by side over V, each with 16 columns of the state
     Cfg::WARPS_K;  // warps that share them, each with a part of K
     Cfg::STAGES;   // chunks that are in shared memory or on their way there
+    Cfg::MAPS;     // maps of segments are wanted, and nothing else
+    Cfg::SPLIT;    // sequences are cut into segments
 };
 
 template <ChunkBwdStateConfig Cfg>
@@ -58,7 +64,12 @@ struct ChunkBwdStateStage {
 
 template <ChunkBwdStateConfig Cfg>
 struct ChunkBwdStateShared {
-    ChunkBwdStateStage<Cfg> stages[Cfg::STAGES];
+    union {
+        ChunkBwdStateStage<Cfg> stages[Cfg::STAGES];
+        // The end of a segment is found before its last chunk is loaded.
+        Maybe<MapTiles<16 * Cfg::WARPS_V, PADDED_K<Cfg>>, Cfg::SPLIT> map;
+    };
+    int count;  // of chunks to be walked
     Maybe<Exchange<Cfg::WARPS_V * Cfg::WARPS_K, Cfg::C>, (Cfg::WARPS_K > 1)> exchange;
 };
 
@@ -101,9 +112,9 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkBwdStateShared<Cfg>*>(s_bytes);
 
-    const u32 i_head = blockIdx.x / SLICES;
+    const u32 i_head = blockIdx.x / SLICES, i_segment = i_head / u32(p.hv);
     ChunkBwdStateSlice slice;
-    slice.segment = reinterpret_cast<const Segment*>(p.segments)[i_head / u32(p.hv)];
+    slice.segment = reinterpret_cast<const Segment*>(p.segments)[i_segment];
     slice.i_hv = i_head % u32(p.hv);
     slice.i_h = u32(slice.i_hv) / (u32(p.hv) / u32(p.h));
     slice.i_v = blockIdx.x % SLICES * BV;
@@ -112,9 +123,42 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
     const int i_v = slice.i_v + v_in_block, i_k = i_wk * KW;  // of this warp
     const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
 
+    static_assert(WK == 1 || !(Cfg::MAPS || Cfg::SPLIT), "a warp has whole rows of a map");
+
     RegTile<16, KW> r_state;  // [16, KW] of dS^T
-    load_state<K, V>(r_state, p.d_final_state == nullptr ? nullptr : p.d_final_state + state, i_v, i_k);
-    const i64 chunks = chunks_of<C>(segment);
+    i64 chunks = chunks_of<C>(segment);  // those that are walked
+    const float* d_final_state = p.d_final_state == nullptr ? nullptr : p.d_final_state + state;
+    if constexpr (Cfg::MAPS) {
+        if (segment.before == 0) return;
+        const i64 tile = segment.chunk * p.hv + slice.i_hv;
+        const float* growth = p.factors + (tile * FACTORS + GROWTH) * C;
+        const i64 count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, true);
+        const bool walks_all = count > chunks;
+        load_state<K, V>(r_state, walks_all && segment.after == 0 ? d_final_state : nullptr, i_v, i_k);
+        chunks = min(chunks, count);
+    } else {
+        load_state<K, V>(r_state, d_final_state, i_v, i_k);
+        if constexpr (Cfg::SPLIT) {
+            // The segments after this one from the first that keeps nothing back, or from the last.
+            constexpr i64 MAP = i64(MAP_ROWS<Cfg>) * PADDED_K<Cfg>, D_MAP = i64(PADDED_V<Cfg>) * PADDED_K<Cfg>;
+            const i64 here = i64(i_segment) * p.hv + slice.i_hv;
+            i64 ahead = min(segment.after, i64(1));
+            while (ahead < segment.after && p.kept[here + ahead * p.hv] != 0) ++ahead;
+            if (segment.after > 0) zero(r_state);
+            for (; ahead > 0; --ahead) {
+                const i64 there = here + ahead * p.hv;
+                // The map of the last segment holds what it makes of the gradient of the final state.
+                if (ahead < segment.after && p.kept[there] != 0) {
+                    times_map<32 * WARPS, true>(
+                        r_state, s.map.it, p.maps + there * MAP + PADDED_V<Cfg> * PADDED_K<Cfg>
+                    );
+                } else {
+                    zero(r_state);
+                }
+                if (i_v < PADDED_V<Cfg>) add_rows(r_state, p.d_maps + there * D_MAP, i_v);
+            }
+        }
+    }
     #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
         if (i < chunks) load_stage<Cfg>(s.stages[i], p, slice, chunks - 1 - i);
@@ -138,28 +182,26 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         const ChunkBwdStateStage<Cfg>& stage = s.stages[i_step % STAGES];
         const i64 tile = (segment.chunk + i_c) * p.hv + slice.i_hv;
 
-        store_result<true>(
-            p.d_states + (tile * PADDED_V<Cfg> + i_v) * PADDED_K<Cfg> + i_k, PADDED_K<Cfg>, r_state,
-            PADDED_V<Cfg> - i_v, KW
-        );
+        if constexpr (!Cfg::MAPS) {
+            store_result<true>(
+                p.d_states + (tile * PADDED_V<Cfg> + i_v) * PADDED_K<Cfg> + i_k, PADDED_K<Cfg>, r_state,
+                PADDED_V<Cfg> - i_v, KW
+            );
+        }
         // (1)
         RegTile<16, C> r_v;  // [16, C] of dV'^T, then of dX^T
         zero(r_v);
-        {
-            OperandA<Half, PARTS, 16, KW> r_s;  // [16, KW] of dS^T
-            narrow(r_s, r_state);
-            mma_shared_transposed(r_v, r_s, stage.k, 0, i_k);
-        }
+        mma_rounded_transposed(r_v, r_state, stage.k, 0, i_k);
         sum_over_k<WK>(r_v, s.exchange);
         scale_columns(r_v, stage.factors.at[TO_STATE]);
-        OperandA<Half, PARTS, 16, C> r_do, r_a;
-        load_a_transposed(r_do, stage.d_o, 0, v_in_block);
-        mma_shared<Blocks::LOWER>(r_v, r_do, stage.scores, 0, 0);
+        OperandA<Half, PARTS, 16, C> r_a;
+        load_a_transposed(r_a, stage.d_o, 0, v_in_block);
+        mma_shared<Blocks::LOWER>(r_v, r_a, stage.scores, 0, 0);
         // (2)
         narrow(r_a, r_v);
         zero(r_v);
         mma_shared<Blocks::LOWER>(r_v, r_a, stage.inverse, 0, 0);
-        if (i_wk == 0) {
+        if (!Cfg::MAPS && i_wk == 0) {
             store_result<true>(p.dx + (tile * PADDED_V<Cfg> + i_v) * C, C, r_v, PADDED_V<Cfg> - i_v, C);
         }
         // (3)
@@ -169,13 +211,19 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         for_each(r_v, [](int, int, float& x) { x = -x; });
         narrow(r_a, r_v);
         mma_shared(r_state, r_a, stage.k, 0, i_k);
-        widen(r_v, r_do);
+        load_a_transposed(r_a, stage.d_o, 0, v_in_block);
+        widen(r_v, r_a);
         scale_columns(r_v, stage.factors.at[TO_OUTPUT]);
         narrow(r_a, r_v);
         mma_shared(r_state, r_a, stage.q, 0, i_k);
     }
     cp_async_wait_group<0>();
-    if (p.d_initial_state != nullptr) store_state<K, V>(p.d_initial_state + state, r_state, i_v, i_k);
+    if constexpr (Cfg::MAPS) {
+        const i64 map = (i64(i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
+        store_result<true>(p.d_maps + map * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, PADDED_K<Cfg>);
+    } else if (p.d_initial_state != nullptr && segment.before == 0) {
+        store_state<K, V>(p.d_initial_state + state, r_state, i_v, i_k);
+    }
 }
 
 }  // namespace fla::gated_delta

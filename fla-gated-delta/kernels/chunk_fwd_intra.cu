@@ -57,14 +57,15 @@ struct ChunkFwdIntraShared {
     Tile k, q;                                 // [C, K]
     SharedTile<float, Cfg::C, Cfg::C> inverse;  // [C, C]
     Factors<Cfg::C> factors;
+    float lengths[Cfg::C];  // squared, of keys
 };
 
 // A log decay, base 2, under which a factor is as good as 0; larger sums would lose what small ones have.
 inline constexpr float LEAST_G2 = -0x1.4p+7f;  // -160
 
-// Reciprocal lengths of the rows of a tile.
+// Squared lengths of the rows of a tile.
 template <int THREADS, class Half, int PARTS, int C, int COLS>
-__device__ void row_norms(float (&s_norm)[C], const OperandTile<Half, PARTS, C, COLS>& s) {
+__device__ void row_lengths(float (&s_lengths)[C], const OperandTile<Half, PARTS, C, COLS>& s) {
     constexpr int LANES = min(THREADS / C, 8);  // of a row
     const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     float sum = 0.0f;
@@ -76,18 +77,19 @@ __device__ void row_norms(float (&s_norm)[C], const OperandTile<Half, PARTS, C, 
         }
     }
     sum = group_sum<LANES>(sum);
-    if (row < C && lane == 0) s_norm[row] = rsqrtf(sum + NORM_EPS);
+    if (row < C && lane == 0) s_lengths[row] = sum;
 }
 
 // (1), and the factors that follow. One warp calls it, a row or two for each lane.
 template <ChunkFwdIntraConfig Cfg>
 __device__ void row_factors(
-    Factors<Cfg::C>& s,
+    ChunkFwdIntraShared<Cfg>& shared,
     const ChunkFwdIntraParams<typename Cfg::Element, typename Cfg::Work>& p,
     const Chunk& chunk,
     i64 i_hv
 ) {
     constexpr int C = Cfg::C, N = C / 32;
+    Factors<C>& s = shared.factors;
     float g2[N], beta[N];
     #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -104,6 +106,13 @@ __device__ void row_factors(
             beta[i] = Cfg::HEAD_BETA ? map_beta<Cfg>(to_f32(p.beta[at])) : 1.0f;
         }
         g2[i] = fmaxf(g * LOG2_E, LEAST_G2);
+    }
+    // A step is e^g (I - beta k k^T), which stretches by 1, or by |1 - beta |k|^2| along the key.
+    #pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int row = 32 * i + lane_id();
+        const float k_norm = s.at[K_NORM][row], along = fabsf(1.0f - beta[i] * shared.lengths[row] * k_norm * k_norm);
+        s.at[GROWTH][row] = g2[i] + log2_approx(fmaxf(along, 1.0f));
     }
     row_prefix_sum(g2);
     const float last = __shfl_sync(FULL_WARP, g2[N - 1], 31);
@@ -160,11 +169,13 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
     cp_async_wait_group<0>();
     __syncthreads();  // q and k are there
 
-    if constexpr (Cfg::NORMALISE_QK) {
-        row_norms<THREADS>(s.factors.at[K_NORM], s.k);
-        row_norms<THREADS>(s.factors.at[Q_NORM], s.q);
-    } else if (threadIdx.x < C) {
-        s.factors.at[K_NORM][threadIdx.x] = s.factors.at[Q_NORM][threadIdx.x] = 1.0f;
+    row_lengths<THREADS>(s.lengths, s.k);
+    if constexpr (Cfg::NORMALISE_QK) row_lengths<THREADS>(s.factors.at[Q_NORM], s.q);
+    __syncthreads();  // lengths are there
+    if (threadIdx.x < C) {
+        float& q_norm = s.factors.at[Q_NORM][threadIdx.x];
+        q_norm = Cfg::NORMALISE_QK ? rsqrtf(q_norm + NORM_EPS) : 1.0f;
+        s.factors.at[K_NORM][threadIdx.x] = Cfg::NORMALISE_QK ? rsqrtf(s.lengths[threadIdx.x] + NORM_EPS) : 1.0f;
     }
     // Half of the warps have 16 rows each of the products of keys, the others of those of queries.
     const bool of_keys = i_warp < C / 16;
@@ -174,7 +185,7 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
     for (int i = 0; i < group; ++i) {
         const i64 i_hv = i_h * group + i, tile = i_chunk * p.hv + i_hv;
         __syncthreads();  // norms are there, and the last head's inverse has been read
-        if (i_warp == 0) row_factors<Cfg>(s.factors, p, chunk, i_hv);
+        if (i_warp == 0) row_factors<Cfg>(s, p, chunk, i_hv);
         __syncthreads();  // factors are there
 
         const auto& f = s.factors.at;
@@ -198,7 +209,7 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
             store_result<true>(p.scores + tile * ELEMS + i64(row0) * C, C, r, 16, C);
         }
         for (int j = threadIdx.x; j < FACTORS * C; j += THREADS) {
-            p.factors[tile * (FACTORS * C) + j] = j < 7 * C ? (&f[0][0])[j] : 0.0f;
+            p.factors[tile * (FACTORS * C) + j] = (&f[0][0])[j];
         }
         __syncthreads();  // I + L is there
         if (i_warp < TRI_INVERSE_WARPS<C>) {

@@ -139,7 +139,8 @@ impl Layout {
 pub(crate) fn intra_smem_bytes(tiles: &ChunkTiles) -> usize {
     let (c, k) = (tiles.c, tiles.padded_k());
     let inverse = c * (c + 8) * size_of::<f32>();
-    Layout::new().tile(tiles, c, k).tile(tiles, c, k).add(inverse, 16).factors(c).size()
+    let tiles = Layout::new().tile(tiles, c, k).tile(tiles, c, k);
+    tiles.add(inverse, 16).factors(c).add(c * size_of::<f32>(), 4).size()
 }
 
 /// Which of the scans a kernel is.
@@ -149,8 +150,23 @@ pub(crate) enum Scan {
     Outputs,
     /// States, which are kept.
     States,
+    /// How segments change states.
+    Maps,
     /// Gradients of states.
     Gradients,
+    /// How segments change gradients of states.
+    GradientMaps,
+}
+
+impl Scan {
+    /// Whether it walks from the last chunk to the first.
+    pub(crate) const fn is_back(self) -> bool {
+        matches!(self, Self::Gradients | Self::GradientMaps)
+    }
+
+    const fn is_maps(self) -> bool {
+        matches!(self, Self::Maps | Self::GradientMaps)
+    }
 }
 
 /// Constants of the scans that are a choice.
@@ -162,15 +178,39 @@ pub(crate) struct ScanConfig {
     pub(crate) warps_k: usize,
     /// Chunks that are in shared memory or on their way there.
     pub(crate) stages: usize,
+    /// Chunks of a segment, where sequences are cut into several.
+    pub(crate) segment: Option<usize>,
 }
 
+/// Fewest chunks of a segment: its start costs as much as a few chunks.
+const MIN_SEGMENT: usize = 8;
+
 impl ScanConfig {
-    /// The choice for `states` states: the widest slices of which there are nearly as many as multiprocessors. None when
-    /// shared memory has no room for the narrowest.
-    pub(crate) fn new(tiles: &ChunkTiles, states: usize, sm_count: u32, smem_bytes: usize) -> Option<Self> {
+    /// The choice for `states` states: the widest slices of which there are nearly as many as multiprocessors. Where even
+    /// halves of 128 columns are too few, long sequences are cut into segments. None when shared memory has no room for the
+    /// narrowest slices.
+    pub(crate) fn new(
+        tiles: &ChunkTiles,
+        (seqs, hv): (&SeqLens, usize),
+        sm_count: u32,
+        smem_bytes: usize,
+    ) -> Option<Self> {
         let fitting: Vec<Self> = Self::all(tiles, smem_bytes).collect();
         let enough = sm_count as usize * 3 / 4;
+        let states = seqs.n().saturating_mul(hv);
         let fills = |config: &&Self| states.saturating_mul(config.slices(tiles)) >= enough;
+        if let Some(config) = fitting.iter().take(2).find(fills) {
+            return Some(*config);
+        }
+        let longest = (0..seqs.n()).filter_map(|i_n| seqs.len(i_n)).max().unwrap_or(0);
+        let chunks = longest.div_ceil(tiles.c);
+        if let (Some(widest), 1) = (fitting.first(), fitting.first().map_or(2, |config| config.warps_k)) {
+            let slices = states.saturating_mul(widest.slices(tiles)).max(1);
+            let segment = chunks.div_ceil((sm_count as usize / slices).max(1)).max(MIN_SEGMENT);
+            if chunks >= 2 * segment {
+                return Some(Self { segment: Some(segment), ..*widest });
+            }
+        }
         fitting.iter().find(fills).or(fitting.last()).copied()
     }
 
@@ -182,9 +222,15 @@ impl ScanConfig {
             warps_v * warps_k <= 8 && (*warps_v == 2 || 16 * warps_v < 2 * tiles.padded_v())
         });
         widths.filter_map(move |warps_v| {
-            let choices = (1..=3).rev().map(|stages| Self { warps_v, warps_k, stages });
+            let choices = (1..=3).rev().map(|stages| Self { warps_v, warps_k, stages, segment: None });
             choices.into_iter().find(|config| config.smem_bytes(&tiles, Scan::Gradients) <= smem_bytes)
         })
+    }
+
+    /// The same, and the widest with sequences cut into segments, for compiling ahead.
+    pub(crate) fn all_split(tiles: &ChunkTiles, smem_bytes: usize) -> impl Iterator<Item = Self> {
+        let widest = Self::all(tiles, smem_bytes).next().filter(|config| config.warps_k == 1);
+        Self::all(tiles, smem_bytes).chain(widest.map(|config| Self { segment: Some(MIN_SEGMENT), ..config }))
     }
 
     pub(crate) const fn slices(&self, tiles: &ChunkTiles) -> usize {
@@ -200,20 +246,32 @@ impl ScanConfig {
         let q = Layout::new().tile(tiles, c, k);
         let scores = Layout::new().tile(tiles, c, c);
         let stage = Layout::new().tile(tiles, c, k);
-        let stage = match scan {
-            Scan::Outputs | Scan::States => {
-                let has_output = scan == Scan::Outputs;
-                let stage = stage.tile(tiles, c, v).tile(tiles, c, c).factors(c);
-                stage.add_if(has_output, q).add_if(has_output, scores)
-            }
-            Scan::Gradients => {
-                stage.tile(tiles, c, k).tile(tiles, c, v).tile(tiles, c, c).tile(tiles, c, c).factors(c)
-            }
+        let stage = if scan.is_back() {
+            stage.tile(tiles, c, k).tile(tiles, c, v).tile(tiles, c, c).tile(tiles, c, c).factors(c)
+        } else {
+            let has_output = scan == Scan::Outputs;
+            let stage = stage.tile(tiles, c, v).tile(tiles, c, c).factors(c);
+            stage.add_if(has_output, q).add_if(has_output, scores)
         };
         let warps = self.warps_v * self.warps_k;
         let exchange = Layout::new().add(warps * c / 2 * 32 * size_of::<f32>(), 4);
         let stages = stage.times(self.stages);
-        Layout::new().add(stages.size(), stages.align).add_if(self.warps_k > 1, exchange).size()
+        // A slice of a state and a strip of a map, in pairs of bf16, have the place of the stages before they are there.
+        let map = if self.is_split(scan) { 2 * 2 * (v + 64) * k } else { 1 };
+        let stages = Layout::new().add(stages.size().max(map).next_multiple_of(1024), 1024);
+        // The number of chunks to be walked follows.
+        stages.add(size_of::<i32>(), 4).add_if(self.warps_k > 1, exchange).size()
+    }
+
+    /// Whether the kernel starts from maps.
+    fn is_split(&self, scan: Scan) -> bool {
+        self.segment.is_some() && !scan.is_maps()
+    }
+
+    /// Blocks of a segment of a head.
+    pub(crate) fn blocks(&self, tiles: &ChunkTiles, scan: Scan) -> usize {
+        let of_unit = if scan == Scan::Maps { tiles.padded_k().div_ceil(16 * self.warps_v) } else { 0 };
+        self.slices(tiles) + of_unit
     }
 
     pub(crate) fn with_config(&self, unit: Unit, tiles: &ChunkTiles, scan: Scan) -> Unit {
@@ -222,6 +280,21 @@ impl ScanConfig {
             .with("WARPS_V", self.warps_v as i32)
             .with("WARPS_K", self.warps_k as i32)
             .with("STAGES", self.stages as i32)
+            .with("MAPS", scan.is_maps())
+            .with("SPLIT", self.is_split(scan))
+    }
+
+    /// Bytes of the maps of segments, of whether they keep anything, and of those of gradients.
+    pub(crate) fn maps_bytes(&self, tiles: &ChunkTiles, heads: usize) -> [usize; 3] {
+        let rows = |rows: usize| heads.saturating_mul(rows * tiles.padded_k() * size_of::<f32>());
+        match self.segment {
+            None => [0; 3],
+            Some(_) => [
+                rows(tiles.padded_v() + tiles.padded_k()),
+                heads.saturating_mul(size_of::<i32>()),
+                rows(tiles.padded_v()),
+            ],
+        }
     }
 }
 
@@ -287,8 +360,13 @@ pub(crate) struct ChunkTables {
 }
 
 impl ChunkTables {
-    pub(crate) fn new(device: &Device, seqs: &SeqLens, c: usize) -> Result<Self, Error> {
-        let (chunks, segments) = tables(seqs, c)?;
+    pub(crate) fn new(
+        device: &Device,
+        seqs: &SeqLens,
+        c: usize,
+        segment: Option<usize>,
+    ) -> Result<Self, Error> {
+        let (chunks, segments) = tables(seqs, c, segment)?;
         let (chunks_len, segments_len) = (chunks.len() / 2, segments.len() / 6);
         Ok(Self {
             chunks: device.upload_offsets(&chunks)?,
@@ -299,19 +377,28 @@ impl ChunkTables {
     }
 }
 
-/// The tables of chunks and of segments, which are whole sequences.
-fn tables(seqs: &SeqLens, c: usize) -> Result<(Vec<usize>, Vec<usize>), Error> {
+/// The tables of chunks, and of segments of so many of them or of whole sequences.
+fn tables(seqs: &SeqLens, c: usize, segment: Option<usize>) -> Result<(Vec<usize>, Vec<usize>), Error> {
     let offsets = Chunks::new(seqs, c)?;
-    let (mut chunks, mut segments, mut bos) = (Vec::new(), Vec::new(), 0);
+    let (mut chunks, mut sequences, mut bos) = (Vec::new(), Vec::new(), 0);
     for (i_n, first_chunk) in offsets.offsets().iter().enumerate().take(seqs.n()) {
         // `Chunks` has asked for the lengths.
-        let eos = bos + seqs.len(i_n).unwrap_or(0);
+        let len = seqs.len(i_n).unwrap_or(0);
+        let eos = bos + len;
         chunks.extend((bos..eos).step_by(c).flat_map(|first| [first, c.min(eos - first)]));
-        segments.push([bos, eos, *first_chunk, i_n, 1, 1]);
+        let per_segment = segment.unwrap_or(usize::MAX).min(len.div_ceil(c).max(1));
+        let segments = len.div_ceil(c).div_ceil(per_segment).max(1);
+        let rows = (0..segments).flat_map(|i| {
+            let first = bos + i * per_segment * c;
+            let last = eos.min(first + per_segment * c);
+            [first, last, first_chunk + i * per_segment, i_n, i, segments - 1 - i]
+        });
+        sequences.push((len, rows.collect::<Vec<_>>()));
         bos = eos;
     }
-    segments.sort_by_key(|segment| Reverse(segment[1] - segment[0]));
-    Ok((chunks, segments.concat()))
+    // The longest first, so that none of them is left for the end.
+    sequences.sort_by_key(|(len, _)| Reverse(*len));
+    Ok((chunks, sequences.into_iter().flat_map(|(_, rows)| rows).collect()))
 }
 
 /// The blocks of a launch that gives `per_unit` of them to each of `n`; none when there is nothing to do.
@@ -352,12 +439,14 @@ mod tests {
     #[test]
     fn chunks_and_segments_belong_to_sequences() {
         let seqs = SeqLens::packed(&[0, 0, 70, 71], 71).expect("valid");
-        let (chunks, segments) = tables(&seqs, 64).expect("valid");
+        let (chunks, segments) = tables(&seqs, 64, None).expect("valid");
         assert_eq!(chunks, [0, 64, 64, 6, 70, 1]);
-        assert_eq!(segments, [0, 70, 0, 1, 1, 1, 70, 71, 2, 2, 1, 1, 0, 0, 0, 0, 1, 1]);
-        let (chunks, segments) = tables(&SeqLens::dense(2, 65), 64).expect("valid");
+        assert_eq!(segments, [0, 70, 0, 1, 0, 0, 70, 71, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let (chunks, segments) = tables(&SeqLens::dense(2, 65), 64, None).expect("valid");
         assert_eq!(chunks, [0, 64, 64, 1, 65, 64, 129, 1]);
-        assert_eq!(segments, [0, 65, 0, 0, 1, 1, 65, 130, 2, 1, 1, 1]);
+        assert_eq!(segments, [0, 65, 0, 0, 0, 0, 65, 130, 2, 1, 0, 0]);
+        let (_, segments) = tables(&SeqLens::dense(1, 300), 64, Some(2)).expect("valid");
+        assert_eq!(segments, [0, 128, 0, 0, 0, 2, 128, 256, 2, 0, 1, 1, 256, 300, 4, 0, 2, 0]);
     }
 
     #[test]
@@ -366,7 +455,10 @@ mod tests {
             for direction in [Direction::Forward, Direction::Backward] {
                 for (k, v) in [(1, 1), (64, 64), (128, 128), (256, 512), (192, 64), (33, 65)] {
                     let tiles = ChunkTiles::new(dtype, k, v, direction);
-                    assert!(ScanConfig::new(&tiles, 1, 132, H200).is_some(), "{tiles:?}");
+                    assert!(
+                        ScanConfig::new(&tiles, (&SeqLens::dense(1, 1), 1), 132, H200).is_some(),
+                        "{tiles:?}"
+                    );
                     for grouped in [false, true] {
                         assert!(OutputConfig::new(&tiles, grouped, H200).is_some(), "{tiles:?}");
                     }
@@ -376,9 +468,16 @@ mod tests {
     }
 
     #[test]
-    fn few_states_are_cut_into_narrow_slices() {
+    fn few_states_are_cut_into_narrow_slices_or_short_segments() {
         let tiles = ChunkTiles::new(DType::Bf16, 128, 128, Direction::Forward);
-        let warps = |states| ScanConfig::new(&tiles, states, 132, H200).expect("fits").warps_v;
-        assert_eq!([8, 32, 64, 256].map(warps), [2, 2, 4, 8]);
+        let choice = |b, t, hv| {
+            let config = ScanConfig::new(&tiles, (&SeqLens::dense(b, t), hv), 132, H200).expect("fits");
+            (config.warps_v, config.segment)
+        };
+        assert_eq!(choice(4, 4096, 64), (8, None));
+        assert_eq!(choice(4, 2048, 16), (4, None));
+        assert_eq!(choice(1, 512, 8), (2, None));
+        assert_eq!(choice(1, 8192, 32), (8, Some(32)));
+        assert_eq!(choice(1, 65536, 8), (8, Some(64)));
     }
 }
