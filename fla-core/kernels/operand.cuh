@@ -210,8 +210,18 @@ __device__ void mma_shared_transposed(
     mma_blocks<BLOCKS, true>(d, a, s, row0, col0);
 }
 
-// d += x b with b = the transpose of s[row0 .. row0 + N, col0 .. col0 + K], where x is rounded 16 columns at a time: it has
-// other uses, and registers do not hold it twice.
+// Columns 16 k .. of x as a left operand: x has other uses, and registers do not hold it twice.
+template <class Half, int PARTS, int K>
+__device__ OperandA<Half, PARTS, 16, 16> rounded(const RegTile<16, K>& x, int k) {
+    RegTile<16, 16> block;
+    #pragma unroll
+    for (int n = 0; n < 8; ++n) block.at[0][n / 4][n % 4] = x.at[0][2 * k + n / 4][n % 4];
+    OperandA<Half, PARTS, 16, 16> a;
+    narrow(a, block);
+    return a;
+}
+
+// d += x b with b = the transpose of s[row0 .. row0 + N, col0 .. col0 + K], where x is rounded on the way.
 template <class Half, int PARTS, int N, int K, int S_ROWS, int S_COLS>
 __device__ void mma_rounded_transposed(
     RegTile<16, N>& d,
@@ -222,16 +232,36 @@ __device__ void mma_rounded_transposed(
 ) {
     #pragma unroll
     for (int k = 0; k < K / 16; ++k) {
-        RegTile<16, 16> block;
-        #pragma unroll
-        for (int n = 0; n < 8; ++n) block.at[0][n / 4][n % 4] = x.at[0][2 * k + n / 4][n % 4];
-        OperandA<Half, PARTS, 16, 16> a;
-        narrow(a, block);
+        const OperandA<Half, PARTS, 16, 16> a = rounded<Half, PARTS>(x, k);
         #pragma unroll
         for (int j = 0; j < N / 16; ++j) {
             OperandB<Half, PARTS, 16, 16> b;
             load_b_transposed(b, s, row0 + 16 * j, col0 + 16 * k);
             mma_block(d, j, a, 0, b);
+        }
+    }
+}
+
+// The same product with two matrices at once, d0 with s0 and d1 with s1.
+template <class Half, int PARTS, int N, int K, int S_ROWS, int S_COLS>
+__device__ void mma_rounded_transposed(
+    RegTile<16, N>& d0,
+    RegTile<16, N>& d1,
+    const RegTile<16, K>& x,
+    const OperandTile<Half, PARTS, S_ROWS, S_COLS>& s0,
+    const OperandTile<Half, PARTS, S_ROWS, S_COLS>& s1,
+    int col0
+) {
+    #pragma unroll
+    for (int k = 0; k < K / 16; ++k) {
+        const OperandA<Half, PARTS, 16, 16> a = rounded<Half, PARTS>(x, k);
+        #pragma unroll
+        for (int j = 0; j < N / 16; ++j) {
+            OperandB<Half, PARTS, 16, 16> b0, b1;
+            load_b_transposed(b0, s0, 16 * j, col0 + 16 * k);
+            load_b_transposed(b1, s1, 16 * j, col0 + 16 * k);
+            mma_block(d0, j, a, 0, b0);
+            mma_block(d1, j, a, 0, b1);
         }
     }
 }
@@ -268,6 +298,21 @@ __device__ float2 read_pair(const OperandTile<Half, PARTS, S_ROWS, S_COLS>& s, i
         sum.y += x.y;
     }
     return sum;
+}
+
+// Eight neighbours of a row of `s`, the first at a multiple of 8.
+template <class Half, int PARTS, int S_ROWS, int S_COLS>
+__device__ void read_eight(float (&x)[8], const OperandTile<Half, PARTS, S_ROWS, S_COLS>& s, int row, int col) {
+    #pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        const Words<4> words = reinterpret_cast<const Words<4>&>(s.part[p].at(row, col));
+        #pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 pair = unpack2<Half>(words.at[j]);
+            x[2 * j] = p == 0 ? pair.x : x[2 * j] + pair.x;
+            x[2 * j + 1] = p == 0 ? pair.y : x[2 * j + 1] + pair.y;
+        }
+    }
 }
 
 // Brings rows of global memory to `s` as parts: element (i, j) from src[i stride + j], zeros from row `rows` and column

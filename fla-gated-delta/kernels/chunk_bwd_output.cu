@@ -5,8 +5,8 @@
 //   dQ = to_output (dO S^T) + dP K                                                          (3)
 //   dK = to_state (V' dS^T) - from_state (dX S^T) + dP^T Q + (D + D^T) K,  D = beta dM        (4)
 //   dbeta_i = dX_i . V_i - gamma_i k_i . (dX S^T)_i + sum_j (dM K K^T)_ij                    (5)  elementwise product
-//   dG_i = q_i . dQ'_i + k_i . (dK''_i - dK'_i) + (row - column sum)_i of dP Q K^T + D K K^T  (6)
-//   dG_C += sum_i k_i . dK'_i + e^{G_C} S . dS        dg = reverse cumsum(dG)                (7)
+//   dG_i = q_i . dQ'_i + k_i . dK''_i + (row - column sum)_i of dP Q K^T + D K K^T            (6)
+//   dg_i = sum of dG from i on + sum of k . dK' before i + e^{G_C} S . dS                    (7)
 //
 // dQ' is the first term of (3), dK' and -dK'' those of (4); products with norms are of vectors as given, whose lengths'
 // share is taken off last. Gamma, P and the factors of rows are those of `chunk_fwd_intra`.
@@ -80,7 +80,7 @@ struct ChunkBwdOutputStage {
 
 // Sums along rows that four warps have parts of.
 enum RowSum {
-    OF_STATES,  // q . dQ' - k . dK'
+    OF_STATES,  // q . dQ'
     OF_READ,    // k . (dX S^T)
     OF_ADDED,   // k . dK'
     OF_SCORES,  // dP Q K^T + D K K^T
@@ -104,7 +104,7 @@ struct ChunkBwdOutputShared {
     float d_beta[Cfg::C];      // dX . V
     float dots[OUTPUT_WARPS];  // S . dS
     // Sums over the value heads so far, for which registers have no room while slices are added: dq and dk.
-    Maybe<float[2][Cfg::C / 2 * PADDED_K<Cfg> / 4 / 32][OUTPUT_THREADS], Cfg::GROUPED> totals;
+    Maybe<float[2][Cfg::C * PADDED_K<Cfg> / OUTPUT_THREADS][OUTPUT_THREADS], Cfg::GROUPED> totals;
 };
 
 // A place in the walk over chunks of query heads, their value heads, and slices of those. It is made of the number of the
@@ -152,10 +152,11 @@ __device__ void load_slice(
     load_rows<THREADS, VECTORS_V<Cfg>>(stage.d_o, p.d_o + token, stride, rows, V - i_v, i_thread);
     load_rows<THREADS, VECTORS_V<Cfg>>(stage.v, p.v + token, stride, rows, V - i_v, i_thread);
     const i64 row = tile * ROWS + i_v;
-    load_rows<THREADS, true>(stage.state, p.states + row * COLS, COLS, BV, COLS, i_thread);
-    load_rows<THREADS, true>(stage.d_state, p.d_states + row * COLS, COLS, BV, COLS, i_thread);
-    load_rows<THREADS, true>(stage.written, p.written + row * C, C, BV, C, i_thread);
-    load_rows<THREADS, true>(stage.dx, p.dx + row * C, C, BV, C, i_thread);
+    const int padded = min(BV, ROWS - i_v);
+    load_rows<THREADS, true>(stage.state, p.states + row * COLS, COLS, padded, COLS, i_thread);
+    load_rows<THREADS, true>(stage.d_state, p.d_states + row * COLS, COLS, padded, COLS, i_thread);
+    load_rows<THREADS, true>(stage.written, p.written + row * C, C, padded, C, i_thread);
+    load_rows<THREADS, true>(stage.dx, p.dx + row * C, C, padded, C, i_thread);
 }
 
 // Where a warp's parts of results lie, and what they are.
@@ -192,6 +193,20 @@ struct OutputSums {
     float dot;                             // S . dS
 };
 
+// Multiplies rows by their factors.
+template <int ROWS, int COLS, int C>
+__device__ void scale_rows(RegTile<ROWS, COLS>& r, const float (&s_factor)[C], int row0) {
+    #pragma unroll
+    for (int i = 0; i < ROWS / 8; ++i) {
+        const float factor = s_factor[row0 + 8 * i + lane_id() / 4];
+        #pragma unroll
+        for (int j = 0; j < COLS / 8; ++j) {
+            r.at[i / 2][j][i % 2 * 2] *= factor;
+            r.at[i / 2][j][i % 2 * 2 + 1] *= factor;
+        }
+    }
+}
+
 // Adds a slice, and stores its part of (1).
 template <ChunkBwdOutputConfig Cfg>
 __device__ void add_slice(
@@ -206,7 +221,7 @@ __device__ void add_slice(
     using Half = typename Cfg::Half;
     constexpr int PARTS = Cfg::PARTS, BV = Cfg::BV, ROWS = OutputWarp<Cfg>::ROWS, COLS = OutputWarp<Cfg>::COLS;
     const OutputWarp<Cfg> warp;
-    #pragma unroll
+    #pragma unroll 2
     for (int k = 0; k < BV; k += 16) {
         OperandA<Half, PARTS, ROWS, 16> r_do, r_dx, r_v;
         load_a(r_do, s.d_o, warp.row0, k);
@@ -230,7 +245,7 @@ __device__ void add_slice(
             // (1)
             RegTile<ROWS, 16> x;
             widen(x, r_dx);
-            for_each(x, [&](int row, int, float& y) { y *= s_beta[warp.row0 + row]; });
+            scale_rows(x, s_beta, warp.row0);
             store_result<Cfg::V % 4 == 0>(dv + warp.row0 * dv_stride + k, dv_stride, x, rows - warp.row0, cols - k);
         } else if (Cfg::HEAD_BETA && warp.i_columns == 3) {
             RegTile<ROWS, 16> x, v;
@@ -247,11 +262,14 @@ __device__ void add_slice(
             }
         }
     }
-    constexpr int PAIRS = PADDED_K<Cfg> / 2;
-    #pragma unroll 4
-    for (int i = threadIdx.x; i < BV * PAIRS; i += OUTPUT_THREADS) {
-        const float2 x = read_pair(s.state, i / PAIRS, i % PAIRS * 2), y = read_pair(s.d_state, i / PAIRS, i % PAIRS * 2);
-        r.dot = fmaf(x.x, y.x, fmaf(x.y, y.y, r.dot));
+    constexpr int PIECES = PADDED_K<Cfg> / 8;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < BV * PIECES; i += OUTPUT_THREADS) {
+        float x[8], y[8];
+        read_eight(x, s.state, i / PIECES, i % PIECES * 8);
+        read_eight(y, s.d_state, i / PIECES, i % PIECES * 8);
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) r.dot = fmaf(x[j], y[j], r.dot);
     }
 }
 
@@ -284,12 +302,6 @@ __device__ void put_rows(ChunkBwdOutputShared<Cfg>& s, RowSum which, const float
     }
 }
 
-// Multiplies rows by their factors.
-template <int ROWS, int COLS, int C>
-__device__ void scale_rows(RegTile<ROWS, COLS>& r, const float (&s_factor)[C], int row0) {
-    for_each(r, [&](int row, int, float& x) { x *= s_factor[row0 + row]; });
-}
-
 // The terms of (3) and (4) with states, and their parts of (5) to (7). What was dO S^T becomes dQ, and V' dS^T dK.
 template <ChunkBwdOutputConfig Cfg>
 __device__ void add_states(OutputSums<Cfg>& r, ChunkBwdOutputShared<Cfg>& s, const OutputCursor<Cfg>& at) {
@@ -304,8 +316,6 @@ __device__ void add_states(OutputSums<Cfg>& r, ChunkBwdOutputShared<Cfg>& s, con
     row_dots(of_added, r.dk, s_k, warp.row0, warp.col0);
     row_dots(of_read, r.of_k, s_k, warp.row0, warp.col0);
     scale_rows(r.of_k, f[FROM_STATE], warp.row0);
-    #pragma unroll
-    for (int i = 0; i < ROWS / 8; ++i) of_q[i] -= of_added[i];
     put_rows<Cfg>(s, OF_STATES, of_q);
     put_rows<Cfg>(s, OF_ADDED, of_added);
     put_rows<Cfg>(s, OF_READ, of_read);
@@ -368,7 +378,9 @@ __device__ void put_scores(
                 const float dm = row > col ? -key * decay * k_norm : 0.0f;
                 key = beta * dm;
                 const float of_beta_here = dm * r_kk.at[i / 2][j][n];
-                const float product = fmaf(score, r_qk.at[i / 2][j][n], beta * of_beta_here);
+                // The diagonal is in both sums of (6), and would leave its rounding behind where all else has decayed.
+                const float query = row > col ? score * r_qk.at[i / 2][j][n] : 0.0f;
+                const float product = fmaf(beta, of_beta_here, query);
                 of_beta[i] += of_beta_here;
                 of_scores[i] += product;
                 columns[e] += product;
@@ -440,7 +452,7 @@ __device__ void store_gates(
         const auto& x = s.rows[which];
         return (x[0][row] + x[1][row]) + (x[2][row] + x[3][row]);
     };
-    float dg[N], added = 0.0f;
+    float dg[N], added[N];
     #pragma unroll
     for (int i = 0; i < N; ++i) {
         const int row = 32 * i + lane_id();
@@ -448,7 +460,7 @@ __device__ void store_gates(
         const float of_read = sum_of(OF_READ, row);
         dg[i] = sum_of(OF_STATES, row) - f[FROM_STATE][row] * of_read;
         dg[i] += sum_of(OF_SCORES, row) - (s.columns[0][row] + s.columns[1][row]);
-        added += sum_of(OF_ADDED, row);
+        added[i] = sum_of(OF_ADDED, row);
         if (Cfg::HEAD_BETA && row < chunk.rows) {
             const float gamma = exp2_approx(f[G2][row]) * f[K_NORM][row];
             float dbeta = s.d_beta[row] - gamma * of_read + sum_of(OF_BETA, row);
@@ -463,13 +475,21 @@ __device__ void store_gates(
     float dot = 0.0f;
     #pragma unroll
     for (int w = 0; w < OUTPUT_WARPS; ++w) dot += s.dots[w];
-    const float last = fmaf(exp2_approx(f[G2][C - 1]), dot, group_sum<32>(added));
-    if (lane_id() == 31) dg[N - 1] += last;
+    const float of_states = exp2_approx(f[G2][C - 1]) * dot;
     row_suffix_sum(dg);
+    // What a row adds to the state after the chunk decays by the rows after it. As a difference of sums from both ends, the
+    // last row's share would leave its rounding behind.
+    float before[N];
+    #pragma unroll
+    for (int i = 0; i < N; ++i) before[i] = added[i];
+    row_prefix_sum(before);
     #pragma unroll
     for (int i = 0; i < N; ++i) {
         const int row = 32 * i + lane_id();
-        if (row < chunk.rows) p.dg[(chunk.first + row) * p.hv + i_hv] = dg[i];
+        float excluded = __shfl_up_sync(FULL_WARP, before[i], 1);
+        if (lane_id() == 0) excluded = i == 0 ? 0.0f : before[i] - added[i];
+        const float sum = dg[i] + (excluded + of_states);
+        if (row < chunk.rows) p.dg[(chunk.first + row) * p.hv + i_hv] = sum;
     }
 }
 
@@ -500,8 +520,8 @@ __device__ void take_off_length(
 }
 
 // Calls f(number, total) for what this thread has of a sum over value heads.
-template <int ROWS, int COLS, class F>
-__device__ void for_totals(RegTile<ROWS, COLS>& r, float (&s_totals)[ROWS * COLS / 32][OUTPUT_THREADS], F f) {
+template <int ROWS, int COLS, int THREADS, class F>
+__device__ void for_totals(RegTile<ROWS, COLS>& r, float (&s_totals)[ROWS * COLS / 32][THREADS], F f) {
     #pragma unroll
     for (int i = 0; i < ROWS * COLS / 32; ++i) {
         f(r.at[i / 4 / (COLS / 8)][i / 4 % (COLS / 8)][i % 4], s_totals[i][threadIdx.x]);

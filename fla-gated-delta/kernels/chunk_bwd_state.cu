@@ -192,9 +192,24 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         RegTile<16, C> r_v;  // [16, C] of dV'^T, then of dX^T
         zero(r_v);
         mma_rounded_transposed(r_v, r_state, stage.k, 0, i_k);
+        OperandA<Half, PARTS, 16, C> r_a;
+        // The part of (3) that waits for nothing; where registers are few it comes last.
+        const auto add_queries = [&] {
+            RegTile<16, C> r_do;  // [16, C] of dO^T
+            load_a_transposed(r_a, stage.d_o, 0, v_in_block);
+            widen(r_do, r_a);
+            scale_columns(r_do, stage.factors.at[TO_OUTPUT]);
+            narrow(r_a, r_do);
+            mma_shared(r_state, r_a, stage.q, 0, i_k);
+        };
+        constexpr bool EARLY = PARTS == 1 && !Cfg::SPLIT;
+        const float decay = exp2_approx(stage.factors.at[G2][C - 1]);
+        if (EARLY) {
+            for_each(r_state, [=](int, int, float& x) { x *= decay; });
+            add_queries();
+        }
         sum_over_k<WK>(r_v, s.exchange);
         scale_columns(r_v, stage.factors.at[TO_STATE]);
-        OperandA<Half, PARTS, 16, C> r_a;
         load_a_transposed(r_a, stage.d_o, 0, v_in_block);
         mma_shared<Blocks::LOWER>(r_v, r_a, stage.scores, 0, 0);
         // (2)
@@ -205,17 +220,12 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
             store_result<true>(p.dx + (tile * PADDED_V<Cfg> + i_v) * C, C, r_v, PADDED_V<Cfg> - i_v, C);
         }
         // (3)
-        const float decay = exp2_approx(stage.factors.at[G2][C - 1]);
-        for_each(r_state, [=](int, int, float& x) { x *= decay; });
         scale_columns(r_v, stage.factors.at[FROM_STATE]);
         for_each(r_v, [](int, int, float& x) { x = -x; });
         narrow(r_a, r_v);
+        if (!EARLY) for_each(r_state, [=](int, int, float& x) { x *= decay; });
         mma_shared(r_state, r_a, stage.k, 0, i_k);
-        load_a_transposed(r_a, stage.d_o, 0, v_in_block);
-        widen(r_v, r_a);
-        scale_columns(r_v, stage.factors.at[TO_OUTPUT]);
-        narrow(r_a, r_v);
-        mma_shared(r_state, r_a, stage.q, 0, i_k);
+        if (!EARLY) add_queries();
     }
     cp_async_wait_group<0>();
     if constexpr (Cfg::MAPS) {

@@ -7,7 +7,7 @@
 // A scalar gate is a diagonal similarity, so the inverse is that of the rule without decay.
 //
 // Reference  fla_reference::gated_delta::recurrent_fwd
-// Launch     grid NT * H, block 4 * C: a block has one chunk of a query head and all its value heads
+// Launch     grid NT * H, block 2 * C: a block has one chunk of a query head and all its value heads
 // FLA        chunk_gated_delta_rule_fwd_intra
 #pragma once
 #include <fla/core/copy.cuh>
@@ -57,7 +57,7 @@ struct ChunkFwdIntraShared {
     Tile k, q;                                 // [C, K]
     SharedTile<float, Cfg::C, Cfg::C> inverse;  // [C, C]
     Factors<Cfg::C> factors;
-    float lengths[Cfg::C];  // squared, of keys
+    float lengths[2][Cfg::C];  // squared, of keys and, where they are normalised, of queries
 };
 
 // A log decay, base 2, under which a factor is as good as 0; larger sums would lose what small ones have.
@@ -80,51 +80,62 @@ __device__ void row_lengths(float (&s_lengths)[C], const OperandTile<Half, PARTS
     if (row < C && lane == 0) s_lengths[row] = sum;
 }
 
-// (1), and the factors that follow. One warp calls it, a row or two for each lane.
-template <ChunkFwdIntraConfig Cfg>
-__device__ void row_factors(
-    ChunkFwdIntraShared<Cfg>& shared,
-    const ChunkFwdIntraParams<typename Cfg::Element, typename Cfg::Work>& p,
-    const Chunk& chunk,
-    i64 i_hv
-) {
-    constexpr int C = Cfg::C, N = C / 32;
-    Factors<C>& s = shared.factors;
+// The numbers of a chunk's rows for a value head, a row or two for each lane of a warp.
+template <int N>
+struct RowNumbers {
     float g2[N], beta[N];
+};
+
+template <ChunkFwdIntraConfig Cfg>
+__device__ RowNumbers<Cfg::C / 32> load_numbers(
+    const ChunkFwdIntraParams<typename Cfg::Element, typename Cfg::Work>& p, const Chunk& chunk, i64 i_hv
+) {
+    RowNumbers<Cfg::C / 32> r;
     #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < Cfg::C / 32; ++i) {
         const int row = 32 * i + lane_id();
         const i64 at = (chunk.first + row) * p.hv + i_hv;
         float g = 0.0f;
-        beta[i] = 0.0f;
+        r.beta[i] = 0.0f;
         if (row < chunk.rows) {
             if (Cfg::LOG_GATE) g = p.g[at];
             if (Cfg::RAW_GATE) {
                 const float bias = p.dt_bias == nullptr ? 0.0f : p.dt_bias[i_hv];
                 g = -expf(p.a_log[i_hv]) * softplus(to_f32(p.g_logit[at]) + bias);
             }
-            beta[i] = Cfg::HEAD_BETA ? map_beta<Cfg>(to_f32(p.beta[at])) : 1.0f;
+            r.beta[i] = Cfg::HEAD_BETA ? map_beta<Cfg>(to_f32(p.beta[at])) : 1.0f;
         }
-        g2[i] = fmaxf(g * LOG2_E, LEAST_G2);
+        r.g2[i] = fmaxf(g * LOG2_E, LEAST_G2);
     }
-    // A step is e^g (I - beta k k^T), which stretches by 1, or by |1 - beta |k|^2| along the key.
+    return r;
+}
+
+// (1), and the factors that follow. One warp calls it.
+template <ChunkFwdIntraConfig Cfg>
+__device__ void row_factors(ChunkFwdIntraShared<Cfg>& shared, const RowNumbers<Cfg::C / 32>& r, float scale) {
+    constexpr int C = Cfg::C, N = C / 32;
+    Factors<C>& s = shared.factors;
+    float g2[N];
     #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int row = 32 * i + lane_id();
-        const float k_norm = s.at[K_NORM][row], along = fabsf(1.0f - beta[i] * shared.lengths[row] * k_norm * k_norm);
-        s.at[GROWTH][row] = g2[i] + log2_approx(fmaxf(along, 1.0f));
-    }
+    for (int i = 0; i < N; ++i) g2[i] = r.g2[i];
     row_prefix_sum(g2);
     const float last = __shfl_sync(FULL_WARP, g2[N - 1], 31);
     #pragma unroll
     for (int i = 0; i < N; ++i) {
         const int row = 32 * i + lane_id();
-        const float k_norm = s.at[K_NORM][row], q_norm = s.at[Q_NORM][row], gamma = exp2_approx(g2[i]);
+        const float beta = r.beta[i], gamma = exp2_approx(g2[i]);
+        const float k_norm = Cfg::NORMALISE_QK ? rsqrtf(shared.lengths[0][row] + NORM_EPS) : 1.0f;
+        const float q_norm = Cfg::NORMALISE_QK ? rsqrtf(shared.lengths[1][row] + NORM_EPS) : 1.0f;
+        // A step is e^g (I - beta k k^T), which stretches by 1, or by |1 - beta |k|^2| along the key.
+        const float along = fabsf(1.0f - beta * shared.lengths[0][row] * k_norm * k_norm);
         s.at[G2][row] = g2[i];
-        s.at[BETA][row] = beta[i];
-        s.at[FROM_STATE][row] = beta[i] * gamma * k_norm;
-        s.at[TO_OUTPUT][row] = p.scale * gamma * q_norm;
+        s.at[BETA][row] = beta;
+        s.at[K_NORM][row] = k_norm;
+        s.at[Q_NORM][row] = q_norm;
+        s.at[FROM_STATE][row] = beta * gamma * k_norm;
+        s.at[TO_OUTPUT][row] = scale * gamma * q_norm;
         s.at[TO_STATE][row] = k_norm * exp2_approx(last - g2[i]);
+        s.at[GROWTH][row] = r.g2[i] + log2_approx(fmaxf(along, 1.0f));
     }
 }
 
@@ -154,66 +165,58 @@ __device__ void times_keys(
 template <ChunkFwdIntraConfig Cfg>
 __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element, typename Cfg::Work>& p) {
     using Work = typename Cfg::Work;
-    constexpr int C = Cfg::C, K = Cfg::K, THREADS = 4 * C, ELEMS = C * C;
+    constexpr int C = Cfg::C, K = Cfg::K, THREADS = 2 * C, ELEMS = C * C;
     constexpr bool VECTORS = VECTORS_K<Cfg>;
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdIntraShared<Cfg>*>(s_bytes);
 
     const i64 i_chunk = blockIdx.x / u32(p.h), i_h = blockIdx.x % u32(p.h);
     const Chunk chunk = reinterpret_cast<const Chunk*>(p.chunks)[i_chunk];
-    const int i_warp = threadIdx.x / 32;
+    const int i_warp = threadIdx.x / 32, row0 = 16 * i_warp;
     const i64 qk_row = (chunk.first * p.h + i_h) * K, stride = i64(p.h) * K;
     load_rows<THREADS, VECTORS>(s.k, p.k + qk_row, stride, int(chunk.rows), K, threadIdx.x);
     load_rows<THREADS, VECTORS>(s.q, p.q + qk_row, stride, int(chunk.rows), K, threadIdx.x);
     cp_async_commit_group();
+    const int group = u32(p.hv) / u32(p.h);
+    // Asked for while the tiles are on their way.
+    RowNumbers<C / 32> numbers = {};
+    if (i_warp == 0) numbers = load_numbers<Cfg>(p, chunk, i_h * group);
     cp_async_wait_group<0>();
     __syncthreads();  // q and k are there
 
-    row_lengths<THREADS>(s.lengths, s.k);
-    if constexpr (Cfg::NORMALISE_QK) row_lengths<THREADS>(s.factors.at[Q_NORM], s.q);
-    __syncthreads();  // lengths are there
-    if (threadIdx.x < C) {
-        float& q_norm = s.factors.at[Q_NORM][threadIdx.x];
-        q_norm = Cfg::NORMALISE_QK ? rsqrtf(q_norm + NORM_EPS) : 1.0f;
-        s.factors.at[K_NORM][threadIdx.x] = Cfg::NORMALISE_QK ? rsqrtf(s.lengths[threadIdx.x] + NORM_EPS) : 1.0f;
-    }
-    // Half of the warps have 16 rows each of the products of keys, the others of those of queries.
-    const bool of_keys = i_warp < C / 16;
-    const int row0 = i_warp % (C / 16) * 16;
-
-    const int group = u32(p.hv) / u32(p.h);
+    row_lengths<THREADS>(s.lengths[0], s.k);
+    if constexpr (Cfg::NORMALISE_QK) row_lengths<THREADS>(s.lengths[1], s.q);
     for (int i = 0; i < group; ++i) {
         const i64 i_hv = i_h * group + i, tile = i_chunk * p.hv + i_hv;
-        __syncthreads();  // norms are there, and the last head's inverse has been read
-        if (i_warp == 0) row_factors<Cfg>(s, p, chunk, i_hv);
+        __syncthreads();  // lengths are there, and the last head's inverse and factors have been read
+        if (i_warp == 0) row_factors<Cfg>(s, numbers, p.scale);
+        // Once more for each value head: registers do not hold the products while the inverse is made.
+        RegTile<16, C> r;  // [16, C]
+        times_keys(r, s.k, s.k, row0);
         __syncthreads();  // factors are there
 
         const auto& f = s.factors.at;
-        // Once more for each value head: registers do not hold the products while the inverse is made.
-        RegTile<16, C> r;  // [16, C]
-        times_keys(r, of_keys ? s.k : s.q, s.k, row0);
-        if (of_keys) {
-            // (2), whose inverse follows
-            for_each(r, [&](int row, int col, float& x) {
-                const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-                x = row0 + row > col ? x * f[BETA][row0 + row] * norms : 0.0f;
-            });
-            store(s.inverse, r, row0, 0);
-        } else {
-            // (3)
-            for_each(r, [&](int row, int col, float& x) {
-                const float decay = exp2_approx(f[G2][row0 + row] - f[G2][col]);
-                const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-                x = row0 + row >= col ? x * decay * (p.scale * norms) : 0.0f;
-            });
-            store_result<true>(p.scores + tile * ELEMS + i64(row0) * C, C, r, 16, C);
-        }
-        for (int j = threadIdx.x; j < FACTORS * C; j += THREADS) {
-            p.factors[tile * (FACTORS * C) + j] = (&f[0][0])[j];
-        }
+        // (2), whose inverse follows
+        for_each(r, [&](int row, int col, float& x) {
+            const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
+            x = row0 + row > col ? x * f[BETA][row0 + row] * norms : 0.0f;
+        });
+        store(s.inverse, r, row0, 0);
         __syncthreads();  // I + L is there
         if (i_warp < TRI_INVERSE_WARPS<C>) {
             tri_inverse < Cfg::PARTS == 1 ? Merge::TF32 : Merge::TF32X3 > (s.inverse, i_warp, 1);
+        }
+        if (i_warp == 0 && i + 1 < group) numbers = load_numbers<Cfg>(p, chunk, i_hv + 1);
+        // (3)
+        times_keys(r, s.q, s.k, row0);
+        for_each(r, [&](int row, int col, float& x) {
+            const float decay = exp2_approx(f[G2][row0 + row] - f[G2][col]);
+            const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
+            x = row0 + row >= col ? x * decay * (p.scale * norms) : 0.0f;
+        });
+        store_result<true>(p.scores + tile * ELEMS + i64(row0) * C, C, r, 16, C);
+        for (int j = threadIdx.x; j < FACTORS * C; j += THREADS) {
+            p.factors[tile * (FACTORS * C) + j] = (&f[0][0])[j];
         }
         __syncthreads();  // the inverse is there
         for (int j = threadIdx.x * 4; j < ELEMS; j += THREADS * 4) {

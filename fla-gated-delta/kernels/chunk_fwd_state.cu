@@ -197,10 +197,16 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
             const i64 at = (tile * PADDED_V<Cfg> + i_v) * PADDED_K<Cfg> + i_k;
             store_result<true>(p.states + at, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, KW);
         }
-        // (1)
-        RegTile<16, C> r_u;  // [16, C] of U^T
+        // (1), and the first term of (3)
+        RegTile<16, C> r_u, r_o;  // [16, C] of U^T, and of O^T
         zero(r_u);
-        mma_rounded_transposed(r_u, r_state, stage.k, 0, i_k);
+        zero(r_o);
+        if constexpr (Cfg::OUTPUT) {
+            mma_rounded_transposed(r_u, r_o, r_state, stage.k, stage.q.it, i_k);
+            sum_over_k<WK>(r_o, s.exchange);
+        } else {
+            mma_rounded_transposed(r_u, r_state, stage.k, 0, i_k);
+        }
         sum_over_k<WK>(r_u, s.exchange);
         // (2)
         RegTile<16, C> r_v;  // [16, C] of V^T, then of V'^T
@@ -215,10 +221,6 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
         mma_shared_transposed<Blocks::UPPER>(r_v, r_a, stage.inverse, 0, 0);
         if constexpr (Cfg::OUTPUT) {
             // (3)
-            RegTile<16, C> r_o;  // [16, C] of O^T
-            zero(r_o);
-            mma_rounded_transposed(r_o, r_state, stage.q.it, 0, i_k);
-            sum_over_k<WK>(r_o, s.exchange);
             scale_columns(r_o, stage.factors.at[TO_OUTPUT]);
             narrow(r_a, r_v);
             mma_shared_transposed<Blocks::UPPER>(r_o, r_a, stage.scores.it, 0, 0);

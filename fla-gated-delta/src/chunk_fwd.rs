@@ -537,10 +537,10 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms) -> Vec<Unit> {
 }
 
 pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Unit {
-    let threads = 4 * tiles.c as u32;
+    let threads = 2 * tiles.c as u32;
     let unit = Unit::new::<ChunkFwdIntraParams<T>>("gated_delta", "chunk_fwd_intra", SOURCE_INTRA, threads);
     chunk_tiles::with_forms(tiles.with_tiles(unit), forms)
-        .with_min_blocks(2)
+        .with_min_blocks(4)
         .with_smem_bytes(intra_smem_bytes(tiles) as u32)
 }
 

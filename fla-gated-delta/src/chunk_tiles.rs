@@ -19,9 +19,6 @@ pub(crate) const FACTORS: usize = 8;
 /// Shared memory that a block can have on an H200, for compiling ahead.
 pub(crate) const H200_SMEM_BYTES: usize = 227 << 10;
 
-/// Warps of a block of `chunk_bwd_output`.
-const OUTPUT_WARPS: usize = 8;
-
 /// Which way a pass goes: gradients can be too small for f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -140,7 +137,7 @@ pub(crate) fn intra_smem_bytes(tiles: &ChunkTiles) -> usize {
     let (c, k) = (tiles.c, tiles.padded_k());
     let inverse = c * (c + 8) * size_of::<f32>();
     let tiles = Layout::new().tile(tiles, c, k).tile(tiles, c, k);
-    tiles.add(inverse, 16).factors(c).add(c * size_of::<f32>(), 4).size()
+    tiles.add(inverse, 16).factors(c).add(2 * c * size_of::<f32>(), 4).size()
 }
 
 /// Which of the scans a kernel is.
@@ -221,9 +218,13 @@ impl ScanConfig {
         let widths = [8, 4, 2].into_iter().filter(move |warps_v| {
             warps_v * warps_k <= 8 && (*warps_v == 2 || 16 * warps_v < 2 * tiles.padded_v())
         });
+        // Two blocks of few warps side by side hide more than a third stage; each block costs another KiB.
+        let half = ((smem_bytes + 1024) / 2).saturating_sub(1024);
         widths.filter_map(move |warps_v| {
-            let choices = (1..=3).rev().map(|stages| Self { warps_v, warps_k, stages, segment: None });
-            choices.into_iter().find(|config| config.smem_bytes(&tiles, Scan::Gradients) <= smem_bytes)
+            let with = |stages| Self { warps_v, warps_k, stages, segment: None };
+            let fits = |config: &Self, bytes| config.smem_bytes(&tiles, Scan::Gradients) <= bytes;
+            let pair = (warps_v * warps_k <= 4).then_some(with(2)).filter(|config| fits(config, half));
+            pair.or_else(|| [3, 2, 1].map(with).into_iter().find(|config| fits(config, smem_bytes)))
         })
     }
 
@@ -310,14 +311,22 @@ pub(crate) struct OutputConfig {
 }
 
 impl OutputConfig {
-    pub(crate) const THREADS: u32 = 32 * OUTPUT_WARPS as u32;
+    /// Two warps side by side over the rows of a chunk, four over K.
+    const WARPS: usize = 8;
+    pub(crate) const THREADS: u32 = 32 * Self::WARPS as u32;
 
-    /// As many stages as fit; none when shared memory has no room for one.
+    /// Wide slices where two of them fit, otherwise narrow ones, with as many stages as fit; none when there is no room for
+    /// one.
     pub(crate) fn new(tiles: &ChunkTiles, grouped: bool, smem_bytes: usize) -> Option<Self> {
-        let bv = 32;
-        let most = (tiles.v.div_ceil(bv) + 1).min(3);
-        let choices = (1..=most).rev().map(|stages| Self { bv, stages, grouped });
-        choices.into_iter().find(|config| config.smem_bytes(tiles) <= smem_bytes)
+        let choices = [(64, 2), (32, 3), (32, 2), (32, 1)].map(|(bv, stages)| Self { bv, stages, grouped });
+        // What is on its way belongs to one head and the next.
+        let is_sound = |config: &Self| config.stages <= tiles.v.div_ceil(config.bv) + 1;
+        let is_wide_enough = |config: &Self| config.bv == 32 || tiles.v > 32;
+        choices
+            .into_iter()
+            .filter(is_sound)
+            .filter(is_wide_enough)
+            .find(|config| config.smem_bytes(tiles) <= smem_bytes)
     }
 
     pub(crate) fn smem_bytes(&self, tiles: &ChunkTiles) -> usize {
@@ -330,7 +339,8 @@ impl OutputConfig {
         let scores = Layout::new().tile(tiles, c, c).times(2);
         let factors = Layout::new().factors(c).times(buffers);
         // Seven sums of each row by four warps, two of columns, dX . V; one of each warp.
-        let sums = Layout::new().add(((7 * 4 + 2 + 1) * c + OUTPUT_WARPS) * size_of::<f32>(), 4);
+        let numbers = (7 * 4 + 2 + 1) * c + Self::WARPS;
+        let sums = Layout::new().add(numbers * size_of::<f32>(), 4);
         let totals = Layout::new().add(c * k * 2 * size_of::<f32>(), 4);
         let members = [stages, qk, scores, factors, sums];
         let all = members.iter().fold(Layout::new(), |all, member| all.add(member.size(), member.align));

@@ -263,18 +263,19 @@ const ROWS: &[Row] = &[
     Row {
         backend: Backend::Gpu,
         models: &[Model::GatedDelta],
-        passes: &[Pass::ChunkFwd, Pass::ChunkBwd],
+        passes: &[Pass::ChunkFwd],
         dtypes: &[Dtype::Bf16],
         classes: &[Class::Output, Class::FinalState],
         limit: 6e-3,
     },
+    // Keys that repeat with strength 1 leave differences of neighbouring sums. Sums over few tokens, as of a_log, cancel.
     Row {
         backend: Backend::Gpu,
         models: &[Model::GatedDelta],
         passes: &[Pass::ChunkBwd],
         dtypes: &[Dtype::Bf16],
         classes: &[Class::Grad, Class::GateGrad],
-        limit: 8e-3,
+        limit: 1.2e-2,
     },
     Row {
         backend: Backend::Gpu,
