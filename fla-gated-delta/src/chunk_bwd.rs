@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use crate::Shape;
 use crate::chunk_fwd::{
     ChunkFwdInputs, ChunkFwdIntra, ChunkFwdOptions, ChunkFwdState, Maps, Matrices, ScanTargets, align_of,
-    check_aligns, check_inputs, intra_unit, scan_config, state_unit,
+    check_aligns, check_inputs, intra_unit, joined, scan_config, state_unit,
 };
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, OutputConfig, Scan, ScanConfig, grid, too_large,
@@ -174,30 +174,27 @@ impl<T: Element> ChunkBwd<T> {
             .ok_or_else(|| too_large(shape, smem_bytes))?;
         let heads = tables.segments_len.saturating_mul(shape.hv);
         tracing::debug!(?output, ?forms, "gated_delta chunk_bwd");
+        let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
         // All compile at once where there is a processor for each.
-        let (intra, forward, state, output_kernel) = std::thread::scope(|threads| {
+        let (intra, forward, state, state_maps, output_kernel) = std::thread::scope(|threads| {
             let intra = threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
             let forward =
                 threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States));
-            let state = threads.spawn(|| -> Result<_, Error> {
-                let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
-                let maps = scan.segment.map(|_| kernel(Scan::GradientMaps)).transpose()?;
-                Ok((kernel(Scan::Gradients)?, maps))
-            });
+            let maps = threads.spawn(|| scan.segment.map(|_| kernel(Scan::GradientMaps)).transpose());
+            let state = threads.spawn(|| kernel(Scan::Gradients));
             let output = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
-            (intra.join(), forward.join(), state.join(), output)
+            (joined(intra), joined(forward), joined(state), joined(maps), output)
         });
         let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         // A block for each multiprocessor, which takes chunks in turn.
         let items = tables.chunks_len.saturating_mul(shape.h);
         grid("NT", tables.chunks_len, shape.h)?;
         let output_grid = grid("NT * H", items.min(device.sm_count() as usize), 1)?;
-        let (state, state_maps) = state.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(Self {
-            intra: intra.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
-            forward: forward.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
-            state,
-            state_maps,
+            intra: intra?,
+            forward: forward?,
+            state: state?,
+            state_maps: state_maps?,
             state_grid: grid("N * HV", heads, scan.slices(&tiles))?,
             output: output_kernel?,
             output_grid,

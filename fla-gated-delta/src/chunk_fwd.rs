@@ -202,10 +202,9 @@ impl<T: Element> ChunkFwd<T> {
             // Both compile at once where there is a processor for each.
             let intra = scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
             let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
-            (intra.join(), state)
+            (joined(intra), state)
         });
-        let intra = intra.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(Self { intra, state: state?, tables, shape: shape.clone(), forms })
+        Ok(Self { intra: intra?, state: state?, tables, shape: shape.clone(), forms })
     }
 
     /// Bytes of the workspace that a run needs: for every chunk and value head two matrices of C by C and eight rows, and for
@@ -277,6 +276,11 @@ pub fn chunk_fwd<T: Element>(
     let mut outputs = ChunkFwdOutputs { o: &mut y.o, final_state: Some(&mut y.final_state) };
     plan.run(&stream, x, &mut outputs, &mut workspace)?;
     Ok(y)
+}
+
+/// What a thread of a scope has made; its panic goes on here.
+pub(crate) fn joined<R>(thread: std::thread::ScopedJoinHandle<'_, R>) -> R {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The choice of the scans for a shape.
@@ -446,14 +450,13 @@ impl<T: Element> ChunkFwdState<T> {
             let grid = grid("N * HV", heads, config.blocks(tiles, scan))?;
             Ok((device.kernel(&state_unit::<T>(tiles, config, scan))?, grid))
         };
-        let maps = match config.segment {
-            Some(_) => {
-                let (kernel, grid) = kernel(Scan::Maps)?;
-                grid.map(|grid| (kernel, grid))
-            }
-            None => None,
-        };
-        let (kernel, grid) = kernel(scan)?;
+        let (maps, main) = std::thread::scope(|threads| {
+            let maps = config.segment.map(|_| threads.spawn(|| kernel(Scan::Maps)));
+            let main = kernel(scan);
+            (maps.map(joined), main)
+        });
+        let maps = maps.transpose()?.and_then(|(kernel, grid)| grid.map(|grid| (kernel, grid)));
+        let (kernel, grid) = main?;
         Ok(Self { kernel, grid, maps, tiles: *tiles, config: *config })
     }
 

@@ -52,6 +52,7 @@ impl Gpu {
 
     fn compute_in<T: Element>(&self, case: &Case, form: Form) -> Result<Outcome> {
         let computed = match (case.operator.op, form) {
+            (Op::GatedDelta, Form::Chunk) => gated_delta::chunk::<T>(self, case)?,
             (Op::GatedDelta, Form::Recurrent) => gated_delta::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
             (Op::Rwkv6, Form::Recurrent) => rwkv6::recurrent::<T>(self, case)?,
