@@ -166,14 +166,14 @@ inline constexpr float VANISHED = -0x1.f8p+6f;  // -126
 // How many of the last of `chunks`, or of the first, have steps that together leave nothing of a state; one more than there
 // are when something is left. `s_count` hands the number round; the whole block calls it.
 template <int C>
-__device__ i64 chunks_to_walk(int& s_count, const float* growth, i64 stride, i64 chunks, bool from_start) {
+__device__ int chunks_to_walk(int& s_count, const float* growth, i64 stride, int chunks, bool from_start) {
     if (threadIdx.x < 32) {
         const int lane = lane_id();
         float before = 0.0f;
-        i64 count = chunks + 1;
-        for (i64 first = 0; first < chunks; first += 32) {
+        int count = chunks + 1;
+        for (int first = 0; first < chunks; first += 32) {
             // A chunk for each lane.
-            const i64 i = first + lane;
+            const int i = first + lane;
             float sum = 0.0f;
             if (i < chunks) {
                 const float* rows = growth + (from_start ? i : chunks - 1 - i) * stride;
@@ -191,7 +191,7 @@ __device__ i64 chunks_to_walk(int& s_count, const float* growth, i64 stride, i64
             }
             before = __shfl_sync(FULL_WARP, sum, 31);
         }
-        if (lane == 0) s_count = int(count);
+        if (lane == 0) s_count = count;
     }
     __syncthreads();  // the count is there
     return s_count;

@@ -85,10 +85,10 @@ __device__ void load_stage(
     ChunkBwdStateStage<Cfg>& s,
     const ChunkBwdStateParams<typename Cfg::Element, typename Cfg::Work>& p,
     const ChunkBwdStateSlice& slice,
-    i64 i_c
+    int i_c
 ) {
     constexpr int C = Cfg::C, K = Cfg::K, V = Cfg::V, THREADS = 32 * Cfg::WARPS_V * Cfg::WARPS_K;
-    const i64 first = slice.segment.bos + i_c * C;
+    const i64 first = slice.segment.bos + i64(i_c) * C;
     const int rows = int(min(i64(C), slice.segment.eos - first));
     const i64 qk = (first * p.h + slice.i_h) * K, qk_stride = i64(p.h) * K;
     const i64 tile = (slice.segment.chunk + i_c) * p.hv + slice.i_hv;
@@ -126,13 +126,13 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
     static_assert(WK == 1 || !(Cfg::MAPS || Cfg::SPLIT), "a warp has whole rows of a map");
 
     RegTile<16, KW> r_state;  // [16, KW] of dS^T
-    i64 chunks = chunks_of<C>(segment);  // those that are walked
+    int chunks = int(chunks_of<C>(segment));  // those that are walked; the host keeps them below 2^31
     const float* d_final_state = p.d_final_state == nullptr ? nullptr : p.d_final_state + state;
     if constexpr (Cfg::MAPS) {
         if (segment.before == 0) return;
         const i64 tile = segment.chunk * p.hv + slice.i_hv;
         const float* growth = p.factors + (tile * FACTORS + GROWTH) * C;
-        const i64 count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, true);
+        const int count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, true);
         const bool walks_all = count > chunks;
         load_state<K, V>(r_state, walks_all && segment.after == 0 ? d_final_state : nullptr, i_v, i_k);
         chunks = min(chunks, count);
@@ -164,8 +164,8 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         if (i < chunks) load_stage<Cfg>(s.stages[i], p, slice, chunks - 1 - i);
         cp_async_commit_group();
     }
-    for (i64 i_step = 0; i_step < chunks; ++i_step) {
-        const i64 i_c = chunks - 1 - i_step;
+    for (int i_step = 0, i_stage = 0; i_step < chunks; ++i_step, i_stage = i_stage + 1 == STAGES ? 0 : i_stage + 1) {
+        const int i_c = chunks - 1 - i_step;
         if constexpr (STAGES == 1) {
             __syncthreads();  // the last chunk has been read
             load_stage<Cfg>(s.stages[0], p, slice, i_c);
@@ -175,11 +175,8 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         } else {
             cp_async_wait_group<STAGES - 2>();
             __syncthreads();  // the chunk is there, and the last one has been read
-            const i64 next = i_step + STAGES - 1;
-            if (next < chunks) load_stage<Cfg>(s.stages[next % STAGES], p, slice, chunks - 1 - next);
-            cp_async_commit_group();
         }
-        const ChunkBwdStateStage<Cfg>& stage = s.stages[i_step % STAGES];
+        const ChunkBwdStateStage<Cfg>& stage = s.stages[i_stage];
         const i64 tile = (segment.chunk + i_c) * p.hv + slice.i_hv;
 
         if constexpr (!Cfg::MAPS) {
@@ -192,6 +189,12 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         RegTile<16, C> r_v;  // [16, C] of dV'^T, then of dX^T
         zero(r_v);
         mma_rounded_transposed(r_v, r_state, stage.k, 0, i_k);
+        if constexpr (STAGES > 1) {
+            // Here, where products are under way that this does not wait for.
+            const int next = i_step + STAGES - 1, place = i_stage == 0 ? STAGES - 1 : i_stage - 1;
+            if (next < chunks) load_stage<Cfg>(s.stages[place], p, slice, chunks - 1 - next);
+            cp_async_commit_group();
+        }
         OperandA<Half, PARTS, 16, C> r_a;
         // The part of (3) that waits for nothing; where registers are few it comes last.
         const auto add_queries = [&] {

@@ -89,10 +89,10 @@ __device__ void load_stage(
     ChunkFwdStateStage<Cfg>& s,
     const ChunkFwdStateParams<typename Cfg::Element, typename Cfg::Work>& p,
     const ChunkFwdStateSlice& slice,
-    i64 i_c
+    int i_c
 ) {
     constexpr int C = Cfg::C, K = Cfg::K, V = Cfg::V, THREADS = 32 * Cfg::WARPS_V * Cfg::WARPS_K;
-    const i64 first = slice.segment.bos + i_c * C;
+    const i64 first = slice.segment.bos + i64(i_c) * C;
     const int rows = int(min(i64(C), slice.segment.eos - first));
     const i64 qk = (first * p.h + slice.i_h) * K, qk_stride = i64(p.h) * K;
     const i64 tile = (slice.segment.chunk + i_c) * p.hv + slice.i_hv;
@@ -131,15 +131,15 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
     const int i_warp = threadIdx.x / 32, i_wk = i_warp % WK, v_in_block = i_warp / WK * 16;
     const int i_v = slice.i_v + v_in_block, i_k = i_wk * KW;  // of this warp
     const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
-    const i64 chunks = chunks_of<C>(segment);
+    const int chunks = int(chunks_of<C>(segment));  // the host keeps them below 2^31
 
     RegTile<16, KW> r_state;  // [16, KW] of S^T
-    i64 start = 0;  // the first chunk that is walked
+    int start = 0;  // the first chunk that is walked
     if constexpr (Cfg::MAPS) {
         if (segment.after == 0) return;
         const i64 tile = segment.chunk * p.hv + slice.i_hv;
         const float* growth = p.factors + (tile * FACTORS + GROWTH) * C;
-        const i64 count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, false);
+        const int count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, false);
         const bool keeps = count > chunks;
         if (threadIdx.x == 0 && i_slice == 0) p.kept[i64(i_segment) * p.hv + slice.i_hv] = keeps;
         if (of_unit && !keeps) return;
@@ -175,7 +175,7 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
         if (start + i < chunks) load_stage<Cfg>(s.stages[i], p, slice, start + i);
         cp_async_commit_group();
     }
-    for (i64 i_c = start; i_c < chunks; ++i_c) {
+    for (int i_c = start, i_stage = 0; i_c < chunks; ++i_c, i_stage = i_stage + 1 == STAGES ? 0 : i_stage + 1) {
         if constexpr (STAGES == 1) {
             __syncthreads();  // the last chunk has been read
             load_stage<Cfg>(s.stages[0], p, slice, i_c);
@@ -185,12 +185,9 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
         } else {
             cp_async_wait_group<STAGES - 2>();
             __syncthreads();  // the chunk is there, and the last one has been read
-            const i64 next = i_c + STAGES - 1;
-            if (next < chunks) load_stage<Cfg>(s.stages[(next - start) % STAGES], p, slice, next);
-            cp_async_commit_group();
         }
-        const ChunkFwdStateStage<Cfg>& stage = s.stages[(i_c - start) % STAGES];
-        const i64 first = segment.bos + i_c * C, tile = (segment.chunk + i_c) * p.hv + slice.i_hv;
+        const ChunkFwdStateStage<Cfg>& stage = s.stages[i_stage];
+        const i64 first = segment.bos + i64(i_c) * C, tile = (segment.chunk + i_c) * p.hv + slice.i_hv;
         const int rows = int(min(i64(C), segment.eos - first));
 
         if constexpr (Cfg::KEEP) {
@@ -208,6 +205,12 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
             mma_rounded_transposed(r_u, r_state, stage.k, 0, i_k);
         }
         sum_over_k<WK>(r_u, s.exchange);
+        if constexpr (STAGES > 1) {
+            // Here, where products are under way that this does not wait for.
+            const int next = i_c + STAGES - 1;
+            if (next < chunks) load_stage<Cfg>(s.stages[i_stage == 0 ? STAGES - 1 : i_stage - 1], p, slice, next);
+            cp_async_commit_group();
+        }
         // (2)
         RegTile<16, C> r_v;  // [16, C] of V^T, then of V'^T
         OperandA<Half, PARTS, 16, C> r_a;
