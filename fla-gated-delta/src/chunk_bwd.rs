@@ -477,20 +477,20 @@ pub fn chunk_bwd<T: Element>(
     Ok(dx)
 }
 
-pub(crate) fn units(_: Arch) -> Vec<Unit> {
+pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 512), (60, 100)] {
-        out.extend(any_units::<bf16>(k, v, &FORMS[0]));
-        out.extend(any_units::<f32>(k, v, &FORMS[0]));
+        out.extend(any_units::<bf16>(k, v, &FORMS[0], arch));
     }
     let tiles = ChunkTiles::new(bf16::DTYPE, 128, 128, Direction::Backward);
     out.extend(output_units::<bf16>(&tiles, &FORMS[1]));
-    out.extend(any_units::<f16>(128, 128, &FORMS[0]));
+    out.extend(any_units::<f32>(128, 128, &FORMS[0], arch));
+    out.extend(any_units::<f16>(128, 128, &FORMS[0], arch));
     out
 }
 
 /// Every kernel that a plan for heads of K by V may choose on an H200, and no forward pass has.
-fn any_units<T: Element>(k: usize, v: usize, forms: &Forms) -> Vec<Unit> {
+fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Backward);
     let mut out = Vec::new();
     for config in ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES) {
@@ -501,7 +501,7 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms) -> Vec<Unit> {
         }
     }
     if tiles != ChunkTiles::new(T::DTYPE, k, v, Direction::Forward) {
-        out.push(intra_unit::<T>(&tiles, forms));
+        out.push(intra_unit::<T>(&tiles, forms, arch));
     }
     out.extend(output_units::<T>(&tiles, forms));
     out
@@ -637,7 +637,7 @@ mod tests {
     fn failures<T: Element>() -> Vec<String> {
         // Rows that are read in vectors and rows that are not, wide and narrow; and the layer's form of what has one.
         let heads = [(128, 128), (256, 512), (33, 65)];
-        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1]));
+        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90));
         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|error| error.to_string()).collect()
     }
 

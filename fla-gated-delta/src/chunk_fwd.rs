@@ -356,7 +356,12 @@ impl<T: Element> ChunkFwdIntra<T> {
             return Err(too_large(shape, device.smem_bytes() as usize));
         }
         let grid = grid("NT", tables.chunks_len, shape.h)?;
-        Ok(Self { kernel: device.kernel(&intra_unit::<T>(tiles, forms))?, tiles: *tiles, scale, grid })
+        Ok(Self {
+            kernel: device.kernel(&intra_unit::<T>(tiles, forms, device.arch()))?,
+            tiles: *tiles,
+            scale,
+            grid,
+        })
     }
 
     /// Bytes of the inverses, the scores and the factors.
@@ -517,33 +522,36 @@ impl<T: Element> ChunkFwdState<T> {
     }
 }
 
-pub(crate) fn units(_: Arch) -> Vec<Unit> {
+pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
     for (k, v) in [(64, 64), (128, 128), (256, 512), (60, 100)] {
-        out.extend(any_units::<bf16>(k, v, &FORMS[0]));
-        out.extend(any_units::<f32>(k, v, &FORMS[0]));
-        out.push(intra_unit::<bf16>(&ChunkTiles::new(DType::Bf16, k, v, Direction::Forward), &FORMS[1]));
+        out.extend(any_units::<bf16>(k, v, &FORMS[0], arch));
+        let tiles = ChunkTiles::new(DType::Bf16, k, v, Direction::Forward);
+        out.push(intra_unit::<bf16>(&tiles, &FORMS[1], arch));
     }
-    out.extend(any_units::<f16>(128, 128, &FORMS[0]));
+    out.extend(any_units::<f32>(128, 128, &FORMS[0], arch));
+    out.extend(any_units::<f16>(128, 128, &FORMS[0], arch));
     out
 }
 
 /// Every kernel that a plan for heads of K by V may choose on an H200.
-fn any_units<T: Element>(k: usize, v: usize, forms: &Forms) -> Vec<Unit> {
+fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Forward);
     let scans = ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES).flat_map(|config| {
         let scans =
             if config.segment.is_some() { &[Scan::Outputs, Scan::Maps][..] } else { &[Scan::Outputs] };
         scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan))
     });
-    scans.chain([intra_unit::<T>(&tiles, forms)]).collect()
+    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).collect()
 }
 
-pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Unit {
+pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, arch: Arch) -> Unit {
+    // Four blocks have the registers of a multiprocessor; on sm_120, whose shared memory holds one, they would spill.
+    let min_blocks = if arch.major() >= 12 { 2 } else { 4 };
     let threads = 2 * tiles.c as u32;
     let unit = Unit::new::<ChunkFwdIntraParams<T>>("gated_delta", "chunk_fwd_intra", SOURCE_INTRA, threads);
     chunk_tiles::with_forms(tiles.with_tiles(unit), forms)
-        .with_min_blocks(4)
+        .with_min_blocks(min_blocks)
         .with_smem_bytes(intra_smem_bytes(tiles) as u32)
 }
 
@@ -651,7 +659,7 @@ mod tests {
     fn failures<T: Element>() -> Vec<String> {
         // Rows that are read in vectors and rows that are not, wide and narrow; and the layer's form of what has one.
         let heads = [(128, 128), (256, 512), (33, 65)];
-        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1]));
+        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90));
         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|error| error.to_string()).collect()
     }
 
