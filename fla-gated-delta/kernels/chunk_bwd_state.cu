@@ -186,7 +186,7 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
             );
         }
         // (1)
-        RegTile<16, C> r_v;  // [16, C] of dV'^T, then of dX^T
+        RegTile<16, C> r_v;  // [16, C] of dV'^T
         zero(r_v);
         mma_rounded_transposed(r_v, r_state, stage.k, 0, i_k);
         if constexpr (STAGES > 1) {
@@ -215,17 +215,25 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         scale_columns(r_v, stage.factors.at[TO_STATE]);
         load_a_transposed(r_a, stage.d_o, 0, v_in_block);
         mma_shared<Blocks::LOWER>(r_v, r_a, stage.scores, 0, 0);
-        // (2)
+        // (2), with what rounding takes off dV': where keys repeat, dX is a difference of its rows.
+        RegTile<16, C> r_x;  // [16, C] of dX^T
+        zero(r_x);
         narrow(r_a, r_v);
-        zero(r_v);
-        mma_shared<Blocks::LOWER>(r_v, r_a, stage.inverse, 0, 0);
+        mma_shared<Blocks::LOWER>(r_x, r_a, stage.inverse, 0, 0);
+        if constexpr (PARTS == 1) {
+            RegTile<16, C> r_rounded;
+            widen(r_rounded, r_a);
+            subtract(r_v, r_rounded);
+            narrow(r_a, r_v);
+            mma_shared<Blocks::LOWER>(r_x, r_a, stage.inverse, 0, 0);
+        }
         if (!Cfg::MAPS && i_wk == 0) {
-            store_result<true>(p.dx + (tile * PADDED_V<Cfg> + i_v) * C, C, r_v, PADDED_V<Cfg> - i_v, C);
+            store_result<true>(p.dx + (tile * PADDED_V<Cfg> + i_v) * C, C, r_x, PADDED_V<Cfg> - i_v, C);
         }
         // (3)
-        scale_columns(r_v, stage.factors.at[FROM_STATE]);
-        for_each(r_v, [](int, int, float& x) { x = -x; });
-        narrow(r_a, r_v);
+        scale_columns(r_x, stage.factors.at[FROM_STATE]);
+        for_each(r_x, [](int, int, float& x) { x = -x; });
+        narrow(r_a, r_x);
         if (!EARLY) for_each(r_state, [=](int, int, float& x) { x *= decay; });
         mma_shared(r_state, r_a, stage.k, 0, i_k);
         if (!EARLY) add_queries();
