@@ -101,7 +101,7 @@ struct ChunkBwdOutputShared {
     Factors<Cfg::C> factors[BUFFERS];
     float rows[ROW_SUMS][4][Cfg::C];
     float columns[2][Cfg::C];
-    float d_beta[Cfg::C];      // dX . V
+    float d_beta[Cfg::PARTS == 1 ? 2 : 1][Cfg::C];  // dX . V, and dX . V' where operands are single 16-bit numbers
     float dots[OUTPUT_WARPS];  // S . dS
     // Sums over the value heads so far, for which registers have no room while slices are added: dq and dk.
     Maybe<float[2][Cfg::C * PADDED_K<Cfg> / OUTPUT_THREADS][OUTPUT_THREADS], Cfg::GROUPED> totals;
@@ -190,6 +190,7 @@ struct OutputSums {
     RegTile<Warp::ROWS, 16> scores;        // dO V'^T
     RegTile<Warp::ROWS, 16> keys;          // dX V'^T
     float d_beta[Warp::ROWS / 8];          // dX . V
+    float d_written[Warp::ROWS / 8];       // dX . V'
     float dot;                             // S . dS
 };
 
@@ -249,17 +250,21 @@ __device__ void add_slice(
             store_result<Cfg::V % 4 == 0>(dv + warp.row0 * dv_stride + k, dv_stride, x, rows - warp.row0, cols - k);
         } else if (Cfg::HEAD_BETA && warp.i_columns == 3) {
             RegTile<ROWS, 16> x, v;
-            widen(x, r_dx);
-            load_a(r_v, s.v, warp.row0, k);
-            widen(v, r_v);
-            #pragma unroll
-            for (int i = 0; i < ROWS / 8; ++i) {
+            const auto add_dots = [&](float (&sums)[ROWS / 8]) {
+                widen(v, r_v);
                 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int j = e / 2, at = i % 2 * 2 + e % 2;
-                    r.d_beta[i] = fmaf(x.at[i / 2][j][at], v.at[i / 2][j][at], r.d_beta[i]);
+                for (int i = 0; i < ROWS / 8; ++i) {
+                    #pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int j = e / 2, at = i % 2 * 2 + e % 2;
+                        sums[i] = fmaf(x.at[i / 2][j][at], v.at[i / 2][j][at], sums[i]);
+                    }
                 }
-            }
+            };
+            widen(x, r_dx);
+            if constexpr (PARTS == 1) add_dots(r.d_written);
+            load_a(r_v, s.v, warp.row0, k);
+            add_dots(r.d_beta);
         }
     }
     constexpr int PIECES = PADDED_K<Cfg> / 8;
@@ -330,8 +335,13 @@ __device__ void add_states(OutputSums<Cfg>& r, ChunkBwdOutputShared<Cfg>& s, con
     if (Cfg::HEAD_BETA && warp.i_columns == 3) {
         #pragma unroll
         for (int i = 0; i < ROWS / 8; ++i) {
+            const int row = warp.row0 + 8 * i + lane_id() / 4;
             const float sum = group_sum<4>(r.d_beta[i]);
-            if (lane_id() % 4 == 0) s.d_beta[warp.row0 + 8 * i + lane_id() / 4] = sum;
+            if (lane_id() % 4 == 0) s.d_beta[0][row] = sum;
+            if constexpr (Cfg::PARTS == 1) {
+                const float written = group_sum<4>(r.d_written[i]);
+                if (lane_id() % 4 == 0) s.d_beta[1][row] = written;
+            }
         }
     }
     const float dot = group_sum<32>(r.dot);
@@ -437,6 +447,9 @@ __device__ void add_scores(OutputSums<Cfg>& r, const ChunkBwdOutputShared<Cfg>& 
     }
 }
 
+// A strength above which V' has lost nothing to underflow.
+inline constexpr float LEAST_BETA = 0x1p-40f;
+
 // (5) to (7). One warp calls it, a row or two for each lane.
 template <ChunkBwdOutputConfig Cfg>
 __device__ void store_gates(
@@ -463,7 +476,12 @@ __device__ void store_gates(
         added[i] = sum_of(OF_ADDED, row);
         if (Cfg::HEAD_BETA && row < chunk.rows) {
             const float gamma = exp2_approx(f[G2][row]) * f[K_NORM][row];
-            float dbeta = s.d_beta[row] - gamma * of_read + sum_of(OF_BETA, row);
+            // V' = beta times what the sum is of, and no difference of larger terms; only strengths near 0 do without it.
+            const float beta = f[BETA][row];
+            float dbeta = s.d_beta[0][row] - gamma * of_read + sum_of(OF_BETA, row);
+            if constexpr (Cfg::PARTS == 1) {
+                if (fabsf(beta) > LEAST_BETA) dbeta = s.d_beta[1][row] / beta;
+            }
             if (Cfg::SIGMOID_BETA) {
                 const float y = sigmoid(to_f32(p.beta[to]));
                 dbeta *= (Cfg::TWICE_BETA ? 2.0f : 1.0f) * y * (1.0f - y);

@@ -338,8 +338,8 @@ impl OutputConfig {
         let qk = Layout::new().tile(tiles, c, k).times(2 * buffers);
         let scores = Layout::new().tile(tiles, c, c).times(2);
         let factors = Layout::new().factors(c).times(buffers);
-        // Seven sums of each row by four warps, two of columns, dX . V; one of each warp.
-        let numbers = (7 * 4 + 2 + 1) * c + Self::WARPS;
+        // Seven sums of each row by four warps, two of columns, dX . V and for single numbers dX . V'; one of each warp.
+        let numbers = (7 * 4 + 2 + 3 - tiles.parts) * c + Self::WARPS;
         let sums = Layout::new().add(numbers * size_of::<f32>(), 4);
         let totals = Layout::new().add(c * k * 2 * size_of::<f32>(), 4);
         let members = [stages, qk, scores, factors, sums];
