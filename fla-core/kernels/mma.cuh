@@ -68,6 +68,13 @@ __device__ inline void stmatrix_x4_trans(void* s_row, const u32 (&r)[4]) {
                  : "memory");
 }
 
+// The transpose of one 8x8 matrix of 16-bit elements that a warp holds: lane 4 g + t has elements 2 t and 2 t + 1 of row g.
+__device__ inline u32 movmatrix_trans(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // d = a b + c with a [16, 16], b [16, 8], c and d [16, 8]; products are exact and sums are f32.
 //
 // Lane 4 g + t holds a at (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8), and b at (2 t, g), (2 t + 8, g):

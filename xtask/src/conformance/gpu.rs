@@ -54,8 +54,11 @@ impl Gpu {
         let computed = match (case.operator.op, form) {
             (Op::GatedDelta, Form::Recurrent) => gated_delta::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
+            (Op::Dplr, Form::Chunk) => dplr::chunk::<T>(self, case)?,
             (Op::Rwkv6, Form::Recurrent) => rwkv6::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
+            (Op::Rwkv7, Form::Chunk) => rwkv7::chunk::<T>(self, case)?,
+            (Op::FusedMul, Form::Chunk) => rwkv7::fused_mul_chunk::<T>(self, case)?,
             (Op::FusedMul, Form::Recurrent) => rwkv7::fused_mul_recurrent::<T>(self, case)?,
             (Op::Rwkv4, Form::Chunk) => rwkv4::chunk::<T>(self, case)?,
             (Op::Rwkv4, Form::Recurrent) => rwkv4::recurrent::<T>(self, case)?,
