@@ -174,8 +174,8 @@ pub struct ChunkFwdResult<T> {
 /// | `final_state` (out) | `[N, H, K, V]` | f32   | optional                                            |
 /// | `states` (out)      | `states_len()` | u16   | with [`SavedStates::Kept`]; for [`ChunkBwd`](crate::ChunkBwd) |
 ///
-/// `T` is f32, bf16 or f16; K and V are at most 256, any size. A sequence without tokens hands its state through. The
-/// values of `g` are not checked: above 0 the state grows. Lengths have to be known to the host.
+/// `T` is f32, bf16 or f16; K is at most 256 in bf16 and 128 in f32 and f16, V at most 256, any size. A sequence without
+/// tokens hands its state through. The values of `g` are not checked: above 0 the state grows. Lengths have to be known to the host.
 ///
 /// `states` holds bits of bf16: for each of the NT chunks and each head an image of the state before it, K and V rounded up
 /// to multiples of 16, so 2 K V bytes for 16 tokens; for f32 and f16 vectors two images whose sum it is. Nothing but

@@ -327,7 +327,7 @@ impl ChunkVariant {
     pub(crate) fn fwd_of_few_warps(&self, smem_bytes: usize) -> ChunkConfig {
         let few = ChunkConfig {
             bv: 16,
-            stages: 2,
+            stages: 1,
             prep_groups: 1,
             scale_warps: 3,
             load_warp: false,

@@ -281,8 +281,8 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     assert!(o.read().iter().all(|x| x.is_nan()));
 
     for (shape, options, text) in [
-        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 0"),
-        (Shape { k: 257, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 257"),
+        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 0"),
+        (Shape { k: 129, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 129"),
         (Shape { v: 257, ..shape.clone() }, options.clone(), "V must be from 1 to 256, but is 257"),
         (Shape { h: 0, ..shape.clone() }, options.clone(), "H must be from 1 to 2147483647, but is 0"),
         (shape.clone(), ChunkFwdOptions::new(f32::NAN), "option `scale` must be finite, but is NaN"),
@@ -290,6 +290,9 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
         let error = ChunkFwd::<f32>::new(&device, &shape, &options).expect_err(text);
         assert_eq!(error.to_string(), text);
     }
+    let error =
+        ChunkFwd::<bf16>::new(&device, &Shape { k: 257, ..shape.clone() }, &options).expect_err("K is 257");
+    assert_eq!(error.to_string(), "K must be from 1 to 256, but is 257");
     let many = Shape { seqs: SeqLens::dense(1 << 31, 1), ..shape.clone() };
     let error = ChunkFwd::<f32>::new(&device, &many, &options);
     assert!(matches!(error, Err(Error::Dim { dim: "N * H", .. })), "{error:?}");
