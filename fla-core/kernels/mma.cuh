@@ -68,8 +68,7 @@ __device__ inline void stmatrix_x4_trans(void* s_row, const u32 (&r)[4]) {
                  : "memory");
 }
 
-// The transpose of an 8x8 matrix of 16-bit elements: lane 4 g + t gives elements 2 t and 2 t + 1 of row g, and gets those
-// of column g.
+// The transpose of one 8x8 matrix of 16-bit elements that a warp holds: lane 4 g + t has elements 2 t and 2 t + 1 of row g.
 __device__ inline u32 movmatrix_trans(u32 x) {
     u32 y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

@@ -74,6 +74,13 @@ __device__ inline u32 pack2<f16>(float low, float high) {
     return y;
 }
 
+// The lesser of two bf16 in each half.
+__device__ inline u32 min_bf16x2(u32 a, u32 b) {
+    u32 y;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
 // Where an object lies in the block's shared memory, as PTX instructions take it.
 __device__ inline u32 shared_addr(const void* object) { return u32(__cvta_generic_to_shared(object)); }
 
@@ -86,6 +93,17 @@ template <class A, class B>
 inline constexpr bool same = false;
 template <class A>
 inline constexpr bool same<A, A> = true;
+
+template <bool CONDITION, class A, class B>
+struct IfType {
+    using Type = A;
+};
+template <class A, class B>
+struct IfType<false, A, B> {
+    using Type = B;
+};
+template <bool CONDITION, class A, class B>
+using If = typename IfType<CONDITION, A, B>::Type;
 
 template <class T>
 __host__ __device__ constexpr T min(T a, T b) { return a < b ? a : b; }

@@ -2,7 +2,7 @@
 
 use fla_core::{Arch, DType, StateStream, StateTile};
 
-use crate::Transition;
+use crate::{Decay, Transition};
 
 /// Constants of `recurrent_fwd` that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,9 +184,291 @@ const fn vector_bytes(variant: &RecurrentFwdVariant) -> usize {
     (5 * variant.k + variant.v) * variant.dtype.bytes()
 }
 
+/// Tokens of a chunk: one tile of the tensor cores.
+pub(crate) const CHUNK: usize = 16;
+
+/// What the chunk kernels are compiled for: everything but the choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkVariant {
+    pub(crate) dtype: DType,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+    /// What `a` and `b` are.
+    pub(crate) transition: Transition,
+    /// What `g` holds.
+    pub(crate) decay: Decay,
+}
+
+/// Constants of a chunk kernel that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkConfig {
+    /// Value channels of a block, a multiple of 16: slices of V, whose columns of the state do not meet.
+    pub(crate) bv: usize,
+    /// Chunks in shared memory or under way to it, a multiple of `prep_groups`.
+    pub(crate) stages: usize,
+    /// Value channels of a warp that carries the state, a multiple of 16 that divides `bv`.
+    pub(crate) state_rows: usize,
+    /// Groups of warps that prepare chunks by turns, 1 or 2; 2 only with `load_warp`.
+    pub(crate) prep_groups: usize,
+    /// Warps of a group that make the operands of a chunk, 3 or 4; one more inverts.
+    pub(crate) scale_warps: usize,
+    /// Whether loading has a warp of its own, or the one that inverts does it.
+    pub(crate) load_warp: bool,
+    /// Warps for gradients over K of tokens that read, and as many for those that write: 1, 2 or 4; none in a forward pass.
+    pub(crate) side_warps: usize,
+    /// Blocks that a multiprocessor has to have registers for.
+    pub(crate) min_blocks: u32,
+}
+
+/// What a forward kernel writes, beside the final state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChunkFwdWrites {
+    Output,
+    OutputAndStates,
+    States,
+}
+
+impl ChunkFwdWrites {
+    pub(crate) const ALL: [Self; 3] = [Self::Output, Self::OutputAndStates, Self::States];
+
+    pub(crate) const fn output(self) -> bool {
+        !matches!(self, Self::States)
+    }
+
+    pub(crate) const fn states(self) -> bool {
+        !matches!(self, Self::Output)
+    }
+}
+
+impl ChunkConfig {
+    /// Threads of a block: the warps that prepare, those that carry the state, and those of the gradients.
+    pub(crate) fn threads(&self) -> u32 {
+        let preparing = self.prep_groups * (self.scale_warps + 1) + usize::from(self.load_warp);
+        (32 * (preparing + self.bv / self.state_rows + 2 * self.side_warps)) as u32
+    }
+}
+
+impl ChunkVariant {
+    /// Images in bf16 that make an operand of the tensor cores: of other types the sum of two, which is nearer than one.
+    pub(crate) fn parts(&self) -> usize {
+        if self.dtype == DType::Bf16 { 1 } else { 2 }
+    }
+
+    /// Numbers of a saved state: K by V, both rounded up to whole tiles.
+    pub(crate) fn saved_state_len(&self) -> usize {
+        self.parts() * self.k.next_multiple_of(16) * self.v.next_multiple_of(16)
+    }
+
+    /// Blocks that share V.
+    pub(crate) fn slices(&self, config: &ChunkConfig) -> usize {
+        self.v.div_ceil(config.bv)
+    }
+
+    /// The choice for a forward pass. A lane has 65536 / (32 * warps) registers, warps rounded up to a multiple of 4, and
+    /// a warp of the state needs K / 2 of them for 16 value channels: so 15 warps up to K = 64, 12 up to 128, and 8 beyond
+    /// and where an operand has two parts.
+    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkConfig {
+        let v = self.v.next_multiple_of(16);
+        let base = ChunkConfig {
+            bv: v.min(64),
+            stages: 4,
+            state_rows: 16,
+            prep_groups: 1,
+            scale_warps: 3,
+            load_warp: false,
+            side_warps: 0,
+            min_blocks: 1,
+        };
+        let config = match (self.parts(), self.k) {
+            (1, ..=64) => ChunkConfig { stages: 6, prep_groups: 2, scale_warps: 4, load_warp: true, ..base },
+            (1, ..=128) => ChunkConfig { bv: v.min(128), ..base },
+            _ => base,
+        };
+        self.fitted(config, smem_bytes, Self::fwd_smem_bytes)
+    }
+
+    /// The choice for a backward pass: as many warps as find registers, 16 or 12 with a warp of the state for every 16 value
+    /// channels, or 8, where one has 32 of them. Slices of V cost sums in device memory.
+    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkConfig {
+        let base = ChunkConfig {
+            bv: self.v.next_multiple_of(16).min(64),
+            stages: 4,
+            state_rows: 16,
+            prep_groups: 1,
+            scale_warps: 3,
+            load_warp: false,
+            side_warps: 2,
+            min_blocks: 1,
+        };
+        let few_warps =
+            ChunkConfig { bv: self.v.next_multiple_of(32).min(64), state_rows: 32, side_warps: 1, ..base };
+        let config = match (self.parts(), self.k) {
+            // One slice of K for each warp.
+            (1, 49..=64) if self.transition == Transition::General && base.bv == 64 => {
+                ChunkConfig { side_warps: 4, ..base }
+            }
+            (1, ..=64) => base,
+            (2, 64) if self.v <= 64 => base,
+            (1, ..=128) | (2, ..=64) => few_warps,
+            _ => ChunkConfig { bv: base.bv.min(32), side_warps: 1, ..base },
+        };
+        self.fitted(config, smem_bytes, Self::bwd_smem_bytes)
+    }
+
+    /// The choice for a backward pass with the most registers for a lane, where another leaves too few: which heads that
+    /// are, only the assembler knows.
+    pub(crate) fn bwd_of_few_warps(&self, smem_bytes: usize) -> ChunkConfig {
+        let bv = if self.k > 128 { 16 } else { self.v.next_multiple_of(16).min(32) };
+        let config = ChunkConfig { bv, state_rows: 16, side_warps: 1, ..self.bwd(smem_bytes) };
+        self.fitted(config, smem_bytes, Self::bwd_smem_bytes)
+    }
+
+    /// The choice for a forward pass with the most registers for a lane.
+    pub(crate) fn fwd_of_few_warps(&self, smem_bytes: usize) -> ChunkConfig {
+        let few = ChunkConfig {
+            bv: 16,
+            stages: 1,
+            prep_groups: 1,
+            scale_warps: 3,
+            load_warp: false,
+            ..self.fwd(smem_bytes)
+        };
+        self.fitted(few, smem_bytes, Self::fwd_smem_bytes)
+    }
+
+    /// The same with fewer stages and then narrower slices, until its shared memory fits; if nothing does, the smallest.
+    fn fitted(
+        &self,
+        mut config: ChunkConfig,
+        smem_bytes: usize,
+        size: fn(&Self, &ChunkConfig) -> usize,
+    ) -> ChunkConfig {
+        while size(self, &config) > smem_bytes {
+            if config.stages > 2 {
+                config.stages -= config.prep_groups;
+            } else if config.bv > 16 {
+                config.bv = (config.bv / 2).next_multiple_of(16);
+                config.state_rows =
+                    if config.bv.is_multiple_of(config.state_rows) { config.state_rows } else { 16 };
+            } else if config.stages > config.prep_groups {
+                config.stages -= config.prep_groups;
+            } else {
+                break;
+            }
+        }
+        config
+    }
+
+    /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
+    pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+        let stage = self.stage_layout(config).finished();
+        Layout::default().with_many(config.stages, stage).with(self.prep_layout(config)).finished().bytes
+    }
+
+    /// Size of the backward kernel's shared memory.
+    pub(crate) fn bwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+        let (bv, k) = (config.bv, self.k.next_multiple_of(16));
+        // `ValueTile`
+        let value_tile = if self.parts() == 1 { self.token_tile(bv) } else { block_tile(2, bv, CHUNK) };
+        let stage = Layout::default()
+            .with(self.stage_layout(config).finished())
+            .with(self.token_tile(bv))
+            .with_many(2, block_tile(self.parts(), bv, k))
+            .with_many(2, value_tile)
+            .finished();
+        // Gradients of four matrices of scores in two parts, for two chunks by turns.
+        let scores = Layout::default().with_many(4, block_tile(2, CHUNK, CHUNK)).finished();
+        let handed = Layout { bytes: 4 * CHUNK * CHUNK, align: 16 };
+        let rates = if self.transition == Transition::KeyAndRate { k / 16 } else { 1 };
+        Layout::default()
+            .with_many(config.stages, stage)
+            .with(self.prep_layout(config))
+            .with_many(2, scores)
+            .with_many(2 * (k / 16) + rates, handed)
+            .finished()
+            .bytes
+    }
+
+    /// `ChunkStage`: tokens, operands and decays of a chunk.
+    fn stage_layout(&self, config: &ChunkConfig) -> Layout {
+        let k = self.k.next_multiple_of(16);
+        Layout::default()
+            .with_many(5, self.token_tile(k))
+            .with(self.token_tile(config.bv))
+            .with_many(4, block_tile(self.parts(), CHUNK, k))
+            .with_many(4, block_tile(self.parts(), CHUNK, CHUNK))
+            .with_many(2 * k, Layout { bytes: 4, align: 4 })
+            .with(Layout { bytes: 16, align: 16 })
+    }
+
+    /// `ChunkPrep`: what is prepared with, beside the stages.
+    fn prep_layout(&self, config: &ChunkConfig) -> Layout {
+        // Rows of 16 f32 are 40 apart.
+        Layout::default()
+            .with_many(config.prep_groups, Layout { bytes: CHUNK * 40 * 4, align: 16 })
+            .with_many(3 * MODES + PAIR_MODES, block_tile(1, CHUNK, CHUNK))
+            .with_many(5, Layout { bytes: 8, align: 8 })
+            .finished()
+    }
+
+    /// `TokenTile`: 16 padded rows.
+    fn token_tile(&self, cols: usize) -> Layout {
+        let pad = if self.dtype == DType::F32 { (40 - cols % 32) % 32 } else { 8 };
+        Layout { bytes: CHUNK * (cols + pad) * self.dtype.bytes(), align: 16 }
+    }
+}
+
+/// References that log decays are summed up from: of a chunk, of its exact form, its four levels, and its diagonal.
+const MODES: usize = 7;
+
+/// Those of pairs of tokens: the levels and the diagonal.
+const PAIR_MODES: usize = 5;
+
+/// `BlockTile`: blocks of 8 by 8 in bf16.
+const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
+    Layout { bytes: parts * rows * cols * 2, align: 128 }
+}
+
+/// Size and alignment of a struct of shared memory, member by member as the compiler lays it out.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    bytes: usize,
+    align: usize,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { bytes: 0, align: 1 }
+    }
+}
+
+impl Layout {
+    fn with(self, member: Self) -> Self {
+        let bytes = self.bytes.next_multiple_of(member.align) + member.bytes;
+        Self { bytes, align: self.align.max(member.align) }
+    }
+
+    fn with_many(self, count: usize, member: Self) -> Self {
+        (0..count).fold(self, |all, _| all.with(member))
+    }
+
+    fn finished(self) -> Self {
+        Self { bytes: self.bytes.next_multiple_of(self.align), ..self }
+    }
+}
+
+/// Shared memory that a block can ask for, for compiling without a device.
+pub(crate) const fn smem_bytes(arch: Arch) -> usize {
+    match (arch.major(), arch.minor()) {
+        (8, 0 | 7) => 163 << 10,
+        (8, _) | (12.., _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{RecurrentFwdStream, RecurrentFwdVariant, Transition};
+    use super::{ChunkVariant, Decay, RecurrentFwdStream, RecurrentFwdVariant, Transition, smem_bytes};
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -237,5 +519,50 @@ mod tests {
         // 99 KiB, as sm_120 has, hold fewer states.
         let small = RecurrentFwdStream::new(&BASE, 99 << 10).expect("streams");
         assert!(small.smem_bytes(&BASE) <= 99 << 10, "{small:?}");
+    }
+
+    #[test]
+    fn chunk_choices_cover_every_head_and_fit_a_block() {
+        // The largest K for which everything fits, in one part and in two.
+        for (arch, max_k) in [
+            (Arch::SM_80, [256, 144]),
+            (Arch::new(8, 9), [128, 64]),
+            (Arch::SM_90, [256, 224]),
+            (Arch::new(12, 0), [128, 64]),
+        ] {
+            for (k, v) in (1..=256).flat_map(|d| [(d, d), (d, 64), (64, d), (256, d), (d, 256)]) {
+                for (dtype, max_k) in
+                    [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
+                {
+                    let (transition, decay) = (Transition::General, Decay::Log);
+                    let variant = ChunkVariant { dtype, k, v, transition, decay };
+                    let smem_bytes = smem_bytes(arch);
+                    let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
+                    for (config, bytes, threads, barriers) in [
+                        (fwd, variant.fwd_smem_bytes(&fwd), fwd.threads(), 2 * fwd.stages),
+                        (bwd, variant.bwd_smem_bytes(&bwd), bwd.threads(), 3 * bwd.stages + 2),
+                    ] {
+                        let what = || format!("{arch} {variant:?} {config:?}: {bytes} bytes");
+                        assert!(k > max_k || bytes <= smem_bytes, "{}", what());
+                        assert!(config.bv.is_multiple_of(config.state_rows) && threads <= 1024, "{}", what());
+                        assert!(config.stages.is_multiple_of(config.prep_groups), "{}", what());
+                        assert!(config.prep_groups == 1 || config.load_warp, "{}", what());
+                        assert!(barriers + 2 * config.prep_groups <= 16, "{}", what());
+                        assert!(variant.slices(&config) * config.bv >= v, "{}", what());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn saved_states_are_whole_tiles() {
+        let variant = |dtype, k, v| {
+            let (transition, decay) = (Transition::General, Decay::Log);
+            ChunkVariant { dtype, k, v, transition, decay }
+        };
+        assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
+        assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
+        assert_eq!(variant(DType::F32, 64, 64).saved_state_len(), 2 * 64 * 64);
     }
 }

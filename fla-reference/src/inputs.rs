@@ -72,6 +72,12 @@ impl Rng {
                     Gates::Constant(g) => g,
                     Gates::LogSigmoid => self.log_sigmoid(),
                     Gates::Rwkv7 => -0.606_530_659_712_633_4 / (1.0 + (-self.gauss()).exp()),
+                    Gates::Weak => -1e-3 * self.gauss().abs(),
+                    Gates::Strong => 0.5 * self.gauss().tanh() - 5.0,
+                    Gates::Extreme => match self.gauss() {
+                        x if x > 0.5 => -20.0,
+                        x => -0.1 * x.abs(),
+                    },
                     Gates::Mixed => match self.bits() % 5 {
                         0 => 0.0,
                         1 => -1e-6,
@@ -100,6 +106,12 @@ pub enum Gates {
     Rwkv7,
     /// 0, -1e-6, -20, -70 and ordinary values side by side.
     Mixed,
+    /// Some thousandths: what was written stays for a thousand tokens.
+    Weak,
+    /// From -5.5 to -4.5.
+    Strong,
+    /// -20 in about a third of all places, and some tenths in the others.
+    Extreme,
 }
 
 /// The regimes that every pass has to survive.

@@ -7,6 +7,7 @@ mod gate_output_correction;
 mod k_update;
 mod kk_norm;
 mod kk_norm_k_update;
+mod log_decay;
 mod token_shift_addcmul;
 
 use num_traits::Float;
@@ -37,6 +38,7 @@ pub use kk_norm_k_update::{
     KkNormKUpdateGrads, KkNormKUpdateInputs, KkNormKUpdateOutputGrads, KkNormKUpdateOutputs,
     kk_norm_k_update_bwd, kk_norm_k_update_fwd,
 };
+pub use log_decay::{log_decay_bwd, log_decay_fwd};
 pub use token_shift_addcmul::{
     TokenShiftAddcmulGrads, TokenShiftAddcmulInputs, TokenShiftAddcmulOutputs, token_shift_addcmul_bwd,
     token_shift_addcmul_fwd,

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::inputs::Gates;
+
 /// Who computed the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Backend {
@@ -138,6 +140,48 @@ pub fn limit_of_len(limit: f64, dtype: Dtype, len: usize) -> f64 {
 /// it loses that factor whatever else it does right. A recurrent pass forms it directly and needs no relief.
 pub fn relieved(error: f64, cancellation: f64) -> f64 {
     error / cancellation.max(1.0)
+}
+
+/// What FLA's chunk operators are off by in one regime of decays: relative RMS errors against a float64 recurrence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FlaErrors {
+    /// The operator.
+    pub model: Model,
+    /// Key and value channels of a head.
+    pub channels: usize,
+    /// The regime.
+    pub gates: Gates,
+    /// Error of the output.
+    pub o: f64,
+    /// Errors of the gradients of q, k, v, a, b and g.
+    pub grads: [f64; 6],
+}
+
+/// A chunk pass may be off by so many times as much as FLA's.
+pub const BESIDE_FLA: f64 = 1.5;
+
+/// FLA 0.6.0 in bf16 on an H200: B = 2, T = 512, H = 4, K = V, no initial state, q, k, v and d_o normal, a = -kk of unit
+/// length, b = kk times a rate in [0, 1); scale 1 (RWKV-7) or K^-0.5 (DPLR). Rounding to bf16 alone makes 1.66e-3.
+pub const FLA_ERRORS: &[FlaErrors] = &[
+    FlaErrors::new(Model::Rwkv7, 64, Gates::Rwkv7, [2.49, 1.88, 1.88, 2.99, 3.53, 3.62, 3.15]),
+    FlaErrors::new(Model::Rwkv7, 128, Gates::Rwkv7, [2.52, 1.87, 1.87, 3.00, 3.51, 3.57, 3.15]),
+    FlaErrors::new(Model::Dplr, 64, Gates::LogSigmoid, [2.88, 1.73, 1.74, 3.30, 3.65, 3.65, 2.59]),
+    FlaErrors::new(Model::Dplr, 64, Gates::Weak, [3.95, 3.80, 3.95, 4.37, 5.79, 5.81, 5.01]),
+    FlaErrors::new(Model::Dplr, 64, Gates::Strong, [2.85, 1.67, 1.68, 3.23, 3.43, 3.34, 17.10]),
+    FlaErrors::new(Model::Dplr, 64, Gates::Extreme, [2.91, 1.89, 1.90, 3.35, 3.84, 4.00, 2.95]),
+    FlaErrors::new(Model::Dplr, 128, Gates::LogSigmoid, [3.32, 1.72, 1.76, 3.68, 4.01, 3.63, 2.65]),
+    FlaErrors::new(Model::Dplr, 128, Gates::Weak, [4.07, 3.65, 4.07, 4.45, 5.72, 5.69, 4.99]),
+    FlaErrors::new(Model::Dplr, 128, Gates::Strong, [3.30, 1.67, 1.68, 3.62, 3.79, 3.30, 12.20]),
+    FlaErrors::new(Model::Dplr, 128, Gates::Extreme, [3.35, 1.88, 1.98, 3.71, 4.22, 3.98, 2.99]),
+];
+
+impl FlaErrors {
+    /// The errors in thousandths: of o, and of the gradients of q, k, v, a, b and g.
+    const fn new(model: Model, channels: usize, gates: Gates, thousandths: [f64; 7]) -> FlaErrors {
+        let [o, dq, dk, dv, da, db, dg] = thousandths;
+        let grads = [dq / 1e3, dk / 1e3, dv / 1e3, da / 1e3, db / 1e3, dg / 1e3];
+        FlaErrors { model, channels, gates, o: o / 1e3, grads }
+    }
 }
 
 /// A limit for every combination of what is listed.
@@ -360,6 +404,77 @@ const ROWS: &[Row] = &[
         passes: &[Pass::RecurrentBwd],
         dtypes: &[Dtype::F16],
         classes: &[Class::Grad, Class::GateGrad],
+        limit: 5e-4,
+    },
+    // Chunks of 16 tokens, operands in bf16. RWKV-7: 1.5 times the worst that FLA 0.6.0 has on an H200 in the regimes of
+    // `FLA_ERRORS`, for each class; seen there, 2026-11-20: o 3.3e-3, da 4.4e-3, dw 3.0e-3. DPLR in the same regimes: o
+    // 4.0e-3, da 5.6e-3, dg 4.6e-3, which a test of its own holds against FLA's; without decay, keys that nearly repeat and
+    // strength 1 what is written is a difference of what is read, whose rounding to bf16 remains: seen o 6.2e-3, dv 1.3e-2,
+    // da 1.4e-2.
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7],
+        passes: &[Pass::ChunkFwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::Output, Class::FinalState],
+        limit: 3.7e-3,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7],
+        passes: &[Pass::ChunkBwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::Grad],
+        limit: 5.4e-3,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7],
+        passes: &[Pass::ChunkBwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::GateGrad],
+        limit: 4.7e-3,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Dplr],
+        passes: &[Pass::ChunkFwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::Output, Class::FinalState],
+        limit: 1e-2,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Dplr],
+        passes: &[Pass::ChunkBwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::Grad],
+        limit: 2.2e-2,
+    },
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Dplr],
+        passes: &[Pass::ChunkBwd],
+        dtypes: &[Dtype::Bf16],
+        classes: &[Class::GateGrad],
+        limit: 7.5e-3,
+    },
+    // f32 vectors are split into two bf16 for the tensor cores. Not measured yet: what the issue of these passes asks for.
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7, Model::Dplr],
+        passes: &[Pass::ChunkFwd, Pass::ChunkBwd],
+        dtypes: &[Dtype::F32],
+        classes: &[Class::Output, Class::FinalState, Class::Grad, Class::GateGrad],
+        limit: 1e-4,
+    },
+    // f16 vectors are split alike, so the last step, which rounds to f16, is what is seen. Not measured yet: as token by token.
+    Row {
+        backend: Backend::Gpu,
+        models: &[Model::Rwkv7, Model::Dplr],
+        passes: &[Pass::ChunkFwd, Pass::ChunkBwd],
+        dtypes: &[Dtype::F16],
+        classes: &[Class::Output, Class::FinalState, Class::Grad, Class::GateGrad],
         limit: 5e-4,
     },
     // Worst seen on an H200, 2026-11-20, over the cases of fla-rwkv4's tests (keys of 80 and -80, decays from none to all,

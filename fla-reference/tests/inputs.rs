@@ -39,7 +39,7 @@ fn unit_rows_have_unit_length() {
 
 #[test]
 fn gates_lie_in_their_regime() {
-    for &regime in REGIMES {
+    for &regime in REGIMES.iter().chain(&[Gates::Weak, Gates::Strong, Gates::Extreme]) {
         let gates: Vec<f64> = Rng::new(1).gates(1000, regime);
         assert!(gates.iter().all(|g| g.is_finite() && *g <= 0.0), "{regime:?}");
         match regime {
@@ -50,6 +50,13 @@ fn gates_lie_in_their_regime() {
                 for g in [0.0, -1e-6, -20.0, -70.0] {
                     assert!(gates.contains(&g), "{g} is among mixed gates");
                 }
+            }
+            Gates::Weak => assert!(gates.iter().all(|g| *g > -0.01) && gates.iter().any(|g| *g < -1e-3)),
+            Gates::Strong => assert!(gates.iter().all(|g| (-5.5..=-4.5).contains(g))),
+            Gates::Extreme => {
+                let strongest = gates.iter().filter(|g| **g == -20.0).count();
+                assert!((250..370).contains(&strongest), "{strongest}");
+                assert!(gates.iter().all(|g| *g == -20.0 || *g > -1.0));
             }
         }
     }

@@ -417,6 +417,22 @@ fn gradients_of_channel_mixing() {
     }
 }
 
+#[test]
+fn gradients_of_log_decay() {
+    // Far on both sides of 0 too, where the sigmoid is flat.
+    let logits = [-40.0, -8.0, -1.0, -0.1, 0.0, 0.3, 2.0, 9.0, 40.0];
+    let want = |x: f64| -(-0.5f64).exp() / (1.0 + (-x).exp());
+    for (x, w) in logits.iter().zip(rwkv7::log_decay_fwd(&logits)) {
+        assert!((w - want(*x)).abs() <= 1e-15, "{x}: {w}");
+        assert!((-0.6066..0.0).contains(&w), "{x}: {w}");
+    }
+    let step = 1e-5;
+    for (x, dx) in logits.iter().zip(rwkv7::log_decay_bwd(&logits, &[2.0; 9])) {
+        let difference = (want(x + step) - want(x - step)) / step;
+        assert!((dx - difference).abs() <= 1e-9, "{x}: {dx}, {difference}");
+    }
+}
+
 fn problems() -> impl Strategy<Value = Random<FusedMul>> {
     (support::shapes(), support::draws(), any::<u64>()).prop_map(|(shape, draw, seed)| Random {
         op: FusedMul { shape },

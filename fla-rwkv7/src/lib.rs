@@ -5,7 +5,11 @@
 #[doc = include_str!("../../README.md")]
 struct FrontPage;
 
+mod chunk_bwd;
+mod chunk_fwd;
 mod fused;
+mod fused_mul_chunk_bwd;
+mod fused_mul_chunk_fwd;
 mod fused_mul_recurrent_bwd;
 mod fused_mul_recurrent_fwd;
 mod recurrent_bwd;
@@ -17,7 +21,12 @@ pub use fla_core::{
     Arch, Cache, Device, Element, Error, FinalState, RawSlice, SeqLens, Shape, StateElement, StatePool,
     check_slots, cudarc,
 };
+pub use fla_dplr::{Decay, SavedStates};
 
+pub use crate::chunk_bwd::{ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkBwdResult, chunk_bwd};
+pub use crate::chunk_fwd::{
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, chunk_fwd,
+};
 pub use crate::fused::{
     ChannelMixingShape, ChannelShape, FusedAddcmul, FusedAddcmulBwd, FusedAddcmulBwdInputs,
     FusedAddcmulBwdOutputs, FusedAddcmulBwdResult, FusedAddcmulInputs, FusedAddcmulOutputs,
@@ -41,6 +50,11 @@ pub use crate::fused::{
     fused_kk_norm, fused_kk_norm_bwd, fused_kk_norm_k_update, fused_kk_norm_k_update_bwd, fused_token_shift,
     fused_token_shift_addcmul, fused_token_shift_addcmul_bwd, fused_token_shift_bwd,
 };
+pub use crate::fused_mul_chunk_bwd::{
+    FusedMulChunkBwd, FusedMulChunkBwdInputs, FusedMulChunkBwdOutputs, FusedMulChunkBwdResult,
+    fused_mul_chunk_bwd,
+};
+pub use crate::fused_mul_chunk_fwd::{FusedMulChunkFwd, FusedMulChunkFwdInputs, fused_mul_chunk_fwd};
 pub use crate::fused_mul_recurrent_bwd::{
     FusedMulRecurrentBwd, FusedMulRecurrentBwdInputs, FusedMulRecurrentBwdOutputs,
     FusedMulRecurrentBwdResult, fused_mul_recurrent_bwd,

@@ -163,10 +163,14 @@ impl Reader {
             Some(gpu) => {
                 let step = gpu.read(segment)?;
                 if self.tokens < CHECKED {
+                    let in_chunks = gpu.read_in_chunks(segment)?;
                     let recurrent = self.reference(segment, Form::Recurrent);
                     self.checks[0].add(&step.o, &recurrent);
                     let chunk = self.reference(segment, Form::Chunk);
                     self.checks[1].add(&step.o, &chunk);
+                    if let Some(in_chunks) = in_chunks {
+                        self.in_chunks()?.add(&in_chunks, &step.o);
+                    }
                 }
                 (step.o, step.seconds)
             }
@@ -191,6 +195,18 @@ impl Reader {
         }
         self.last_row = rows.split_off(rows.len() - self.operator.row());
         Ok(())
+    }
+
+    /// The comparison of the operator's two passes on the GPU.
+    fn in_chunks(&mut self) -> Result<&mut Check> {
+        if self.checks.len() < 3 {
+            let (backend, pass) = (Backend::Gpu, Pass::ChunkFwd);
+            let model = self.operator.model;
+            let limit =
+                tolerance::limit(Key { backend, model, pass, dtype: Dtype::F32, class: Class::Output })?;
+            self.checks.push(Check { what: "its own chunk pass", error: 0.0, limit });
+        }
+        Ok(&mut self.checks[2])
     }
 
     /// A segment on the CPU, going on from where that form stopped.

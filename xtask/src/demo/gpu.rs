@@ -30,6 +30,11 @@ pub(super) struct GpuStep {
 pub(super) trait GpuMemory {
     /// Reads a segment, and goes on from the state that the one before left.
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep>;
+
+    /// Reads it once more chunk by chunk, from a state of its own: what the memory returned, where there is such a pass.
+    fn read_in_chunks(&mut self, _segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 }
 
 /// How long the first call of an operator takes in a process of its own, in milliseconds.
@@ -138,10 +143,11 @@ impl Resident {
 
 /// Starts RWKV-7.
 pub(super) fn rwkv7(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
-    Ok(Box::new(Rwkv7(Resident { gpu: gpu.clone(), state: None })))
+    Ok(Box::new(Rwkv7(Resident { gpu: gpu.clone(), state: None }, None)))
 }
 
-struct Rwkv7(Resident);
+/// Token by token, and the state of the chunk pass.
+struct Rwkv7(Resident, Option<CudaSlice<f32>>);
 
 impl GpuMemory for Rwkv7 {
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
@@ -169,14 +175,27 @@ impl GpuMemory for Rwkv7 {
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
     }
+
+    fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        let gpu = &self.0.gpu;
+        let x = Uploaded::new(gpu, &DeltaInputs::rwkv7(segment))?;
+        let initial_state = self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+        let (r, w, k, v, a, b) = (&x.q, &x.g, &x.k, &x.v, &x.a, &x.b);
+        let x = fla_rwkv7::ChunkFwdInputs { r, w, k, v, a, b, initial_state };
+        let options = fla_rwkv7::ChunkFwdOptions::new();
+        let y = fla_rwkv7::chunk_fwd(&gpu.device, &shape(segment.t()), &x, &options)?;
+        self.1 = Some(y.final_state);
+        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
+    }
 }
 
 /// Starts DPLR.
 pub(super) fn dplr(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
-    Ok(Box::new(Dplr(Resident { gpu: gpu.clone(), state: None })))
+    Ok(Box::new(Dplr(Resident { gpu: gpu.clone(), state: None }, None)))
 }
 
-struct Dplr(Resident);
+/// Token by token, and the state of the chunk pass.
+struct Dplr(Resident, Option<CudaSlice<f32>>);
 
 impl GpuMemory for Dplr {
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
@@ -203,6 +222,18 @@ impl GpuMemory for Dplr {
             };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
+    }
+
+    fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        let gpu = &self.0.gpu;
+        let x = Uploaded::new(gpu, &DeltaInputs::dplr(segment))?;
+        let initial_state = self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+        let (q, k, v, a, b, g) = (&x.q, &x.k, &x.v, &x.a, &x.b, &x.g);
+        let x = fla_dplr::ChunkFwdInputs { q, k, v, a, b, g, initial_state };
+        let options = fla_dplr::ChunkFwdOptions::new(1.0);
+        let y = fla_dplr::chunk_fwd(&gpu.device, &shape(segment.t()), &x, &options)?;
+        self.1 = Some(y.final_state);
+        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
     }
 }
 

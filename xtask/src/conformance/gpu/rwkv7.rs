@@ -1,47 +1,93 @@
 //! RWKV-7, both forms, and the functions around it.
 
-use fla_core::Element;
 use fla_core::cudarc::driver::{CudaSlice, DevicePtr};
+use fla_core::{Element, Shape};
 use fla_rwkv7::{
-    ChannelMixingShape, ChannelShape, FusedAddcmulBwdInputs, FusedAddcmulInputs, FusedChannelMixingBwdInputs,
-    FusedChannelMixingInputs, FusedGateOutputCorrectionBwdInputs, FusedGateOutputCorrectionInputs,
-    FusedKUpdateBwdInputs, FusedKUpdateInputs, FusedMulRecurrentBwdInputs, FusedMulRecurrentFwdInputs,
-    FusedTokenShiftBwdInputs, FusedTokenShiftInputs, HeadShape, RecurrentBwdInputs, RecurrentFwdInputs,
-    RecurrentFwdOptions, fused_addcmul, fused_addcmul_bwd, fused_channel_mixing, fused_channel_mixing_bwd,
+    ChannelMixingShape, ChannelShape, ChunkBwdInputs, ChunkFwdInputs, ChunkFwdOptions, FusedAddcmulBwdInputs,
+    FusedAddcmulInputs, FusedChannelMixingBwdInputs, FusedChannelMixingInputs,
+    FusedGateOutputCorrectionBwdInputs, FusedGateOutputCorrectionInputs, FusedKUpdateBwdInputs,
+    FusedKUpdateInputs, FusedMulChunkBwdInputs, FusedMulChunkFwdInputs, FusedMulRecurrentBwdInputs,
+    FusedMulRecurrentFwdInputs, FusedTokenShiftBwdInputs, FusedTokenShiftInputs, HeadShape,
+    RecurrentBwdInputs, RecurrentFwdInputs, RecurrentFwdOptions, SavedStates, chunk_bwd, chunk_fwd,
+    fused_addcmul, fused_addcmul_bwd, fused_channel_mixing, fused_channel_mixing_bwd,
     fused_gate_output_correction, fused_gate_output_correction_bwd, fused_k_update, fused_k_update_bwd,
-    fused_mul_recurrent_bwd, fused_mul_recurrent_fwd, fused_token_shift, fused_token_shift_bwd,
-    recurrent_bwd, recurrent_fwd,
+    fused_mul_chunk_bwd, fused_mul_chunk_fwd, fused_mul_recurrent_bwd, fused_mul_recurrent_fwd,
+    fused_token_shift, fused_token_shift_bwd, recurrent_bwd, recurrent_fwd,
 };
 
 use super::{Case, Computed, Gpu, seqs, shape};
 use crate::Result;
 
+/// What the passes of the recurrence read; the two that differ by form have no name here.
+struct Inputs<T> {
+    shape: Shape,
+    r: CudaSlice<T>,
+    w: CudaSlice<T>,
+    k: CudaSlice<T>,
+    v: CudaSlice<T>,
+    x4: CudaSlice<T>,
+    x5: CudaSlice<T>,
+    d_o: CudaSlice<T>,
+    initial_state: Option<CudaSlice<f32>>,
+    d_final_state: Option<CudaSlice<f32>>,
+}
+
+impl<T: Element> Inputs<T> {
+    /// Those of a case, whose low-rank part has these names.
+    fn new(gpu: &Gpu, case: &Case, [x4, x5]: [&str; 2]) -> Result<Self> {
+        Ok(Self {
+            shape: shape(case)?,
+            r: gpu.upload(case, "r")?,
+            w: gpu.upload(case, "w")?,
+            k: gpu.upload(case, "k")?,
+            v: gpu.upload(case, "v")?,
+            x4: gpu.upload(case, x4)?,
+            x5: gpu.upload(case, x5)?,
+            d_o: gpu.upload(case, "do")?,
+            initial_state: gpu.upload_optional(case, "initial_state")?,
+            d_final_state: gpu.upload_optional(case, "d_final_state")?,
+        })
+    }
+}
+
+fn chunk_options(case: &Case) -> ChunkFwdOptions {
+    ChunkFwdOptions::new().with_scale(case.scale() as f32).with_saved_states(SavedStates::Kept)
+}
+
 /// Outputs and gradients from (a, b), token by token.
 pub(super) fn recurrent<T: Element>(gpu: &Gpu, case: &Case) -> Result<Vec<Computed>> {
-    let upload = |name| gpu.upload::<T>(case, name);
-    let (r, w, k, v, a, b) =
-        (upload("r")?, upload("w")?, upload("k")?, upload("v")?, upload("a")?, upload("b")?);
-    let (d_o, shape) = (upload("do")?, shape(case)?);
-    let initial = gpu.upload_optional::<f32>(case, "initial_state")?;
-    let d_final = gpu.upload_optional::<f32>(case, "d_final_state")?;
-    let initial_state = initial.as_ref().map(|state| state as &dyn DevicePtr<f32>);
-    let d_final_state = d_final.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+    let inputs = Inputs::<T>::new(gpu, case, ["a", "b"])?;
+    let Inputs { shape, r, w, k, v, x4, x5, d_o, .. } = &inputs;
+    let (initial_state, d_final_state) = (given(&inputs.initial_state), given(&inputs.d_final_state));
     let options = RecurrentFwdOptions::new().with_scale(case.scale() as f32);
+    let x = RecurrentFwdInputs { r, w, k, v, a: x4, b: x5, initial_state, cu_seqlens: None };
+    let y = recurrent_fwd(&gpu.device, shape, &x, &options)?;
+    let x = RecurrentBwdInputs { r, w, k, v, a: x4, b: x5, initial_state, d_o, d_final_state };
+    let dx = recurrent_bwd(&gpu.device, shape, &x, &options)?;
+    Ok(vec![
+        gpu.computed("o", &y.o)?,
+        gpu.computed("final_state", &y.final_state)?,
+        gpu.computed("dr", &dx.dr)?,
+        gpu.computed("dw", &dx.dw)?,
+        gpu.computed("dk", &dx.dk)?,
+        gpu.computed("dv", &dx.dv)?,
+        gpu.computed("da", &dx.da)?,
+        gpu.computed("db", &dx.db)?,
+        gpu.computed("d_initial_state", &dx.d_initial_state)?,
+    ])
+}
 
-    let x = RecurrentFwdInputs { r: &r, w: &w, k: &k, v: &v, a: &a, b: &b, initial_state, cu_seqlens: None };
-    let y = recurrent_fwd(&gpu.device, &shape, &x, &options)?;
-    let x = RecurrentBwdInputs {
-        r: &r,
-        w: &w,
-        k: &k,
-        v: &v,
-        a: &a,
-        b: &b,
-        initial_state,
-        d_o: &d_o,
-        d_final_state,
-    };
-    let dx = recurrent_bwd(&gpu.device, &shape, &x, &options)?;
+/// Outputs and gradients from (a, b), chunk by chunk.
+pub(super) fn chunk<T: Element>(gpu: &Gpu, case: &Case) -> Result<Vec<Computed>> {
+    let inputs = Inputs::<T>::new(gpu, case, ["a", "b"])?;
+    let Inputs { shape, r, w, k, v, x4, x5, d_o, .. } = &inputs;
+    let (initial_state, d_final_state) = (given(&inputs.initial_state), given(&inputs.d_final_state));
+    let options = chunk_options(case);
+    let x = ChunkFwdInputs { r, w, k, v, a: x4, b: x5, initial_state };
+    let y = chunk_fwd(&gpu.device, shape, &x, &options)?;
+    let states = y.states.as_ref().map(|states| states as &dyn DevicePtr<u16>);
+    let x = ChunkBwdInputs { r, w, k, v, a: x4, b: x5, initial_state, states, d_o, d_final_state };
+    let dx = chunk_bwd(&gpu.device, shape, &x, &options)?;
     Ok(vec![
         gpu.computed("o", &y.o)?,
         gpu.computed("final_state", &y.final_state)?,
@@ -57,39 +103,38 @@ pub(super) fn recurrent<T: Element>(gpu: &Gpu, case: &Case) -> Result<Vec<Comput
 
 /// Outputs and gradients from (kk, a), token by token.
 pub(super) fn fused_mul_recurrent<T: Element>(gpu: &Gpu, case: &Case) -> Result<Vec<Computed>> {
-    let upload = |name| gpu.upload::<T>(case, name);
-    let (r, w, k, v, kk, a) =
-        (upload("r")?, upload("w")?, upload("k")?, upload("v")?, upload("kk")?, upload("a")?);
-    let (d_o, shape) = (upload("do")?, shape(case)?);
-    let initial = gpu.upload_optional::<f32>(case, "initial_state")?;
-    let d_final = gpu.upload_optional::<f32>(case, "d_final_state")?;
-    let initial_state = initial.as_ref().map(|state| state as &dyn DevicePtr<f32>);
-    let d_final_state = d_final.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+    let inputs = Inputs::<T>::new(gpu, case, ["kk", "a"])?;
+    let Inputs { shape, r, w, k, v, x4, x5, d_o, .. } = &inputs;
+    let (initial_state, d_final_state) = (given(&inputs.initial_state), given(&inputs.d_final_state));
     let options = RecurrentFwdOptions::new().with_scale(case.scale() as f32);
+    let x = FusedMulRecurrentFwdInputs { r, w, k, v, kk: x4, a: x5, initial_state, cu_seqlens: None };
+    let y = fused_mul_recurrent_fwd(&gpu.device, shape, &x, &options)?;
+    let x = FusedMulRecurrentBwdInputs { r, w, k, v, kk: x4, a: x5, initial_state, d_o, d_final_state };
+    let dx = fused_mul_recurrent_bwd(&gpu.device, shape, &x, &options)?;
+    Ok(vec![
+        gpu.computed("o", &y.o)?,
+        gpu.computed("final_state", &y.final_state)?,
+        gpu.computed("dr", &dx.dr)?,
+        gpu.computed("dw", &dx.dw)?,
+        gpu.computed("dk", &dx.dk)?,
+        gpu.computed("dv", &dx.dv)?,
+        gpu.computed("dkk", &dx.dkk)?,
+        gpu.computed("da", &dx.da)?,
+        gpu.computed("d_initial_state", &dx.d_initial_state)?,
+    ])
+}
 
-    let x = FusedMulRecurrentFwdInputs {
-        r: &r,
-        w: &w,
-        k: &k,
-        v: &v,
-        kk: &kk,
-        a: &a,
-        initial_state,
-        cu_seqlens: None,
-    };
-    let y = fused_mul_recurrent_fwd(&gpu.device, &shape, &x, &options)?;
-    let x = FusedMulRecurrentBwdInputs {
-        r: &r,
-        w: &w,
-        k: &k,
-        v: &v,
-        kk: &kk,
-        a: &a,
-        initial_state,
-        d_o: &d_o,
-        d_final_state,
-    };
-    let dx = fused_mul_recurrent_bwd(&gpu.device, &shape, &x, &options)?;
+/// Outputs and gradients from (kk, a), chunk by chunk.
+pub(super) fn fused_mul_chunk<T: Element>(gpu: &Gpu, case: &Case) -> Result<Vec<Computed>> {
+    let inputs = Inputs::<T>::new(gpu, case, ["kk", "a"])?;
+    let Inputs { shape, r, w, k, v, x4, x5, d_o, .. } = &inputs;
+    let (initial_state, d_final_state) = (given(&inputs.initial_state), given(&inputs.d_final_state));
+    let options = chunk_options(case);
+    let x = FusedMulChunkFwdInputs { r, w, k, v, kk: x4, a: x5, initial_state };
+    let y = fused_mul_chunk_fwd(&gpu.device, shape, &x, &options)?;
+    let states = y.states.as_ref().map(|states| states as &dyn DevicePtr<u16>);
+    let x = FusedMulChunkBwdInputs { r, w, k, v, kk: x4, a: x5, initial_state, states, d_o, d_final_state };
+    let dx = fused_mul_chunk_bwd(&gpu.device, shape, &x, &options)?;
     Ok(vec![
         gpu.computed("o", &y.o)?,
         gpu.computed("final_state", &y.final_state)?,

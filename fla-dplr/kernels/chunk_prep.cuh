@@ -1,0 +1,417 @@
+// chunk_prep: what a chunk's tokens are to the state, made by some warps of a block ahead of those that carry the state.
+//
+// With G the inclusive cumulative log decay of a chunk of 16 tokens and m a reference for each channel:
+//
+//   qq = scale q e^{G - m}     aa = a e^{G - g - m}     kk = k e^{m - G}     bb = b e^{m - G}            (1)
+//   A_ab = stril(aa bb^T)      A_ak = stril(aa kk^T)    A_qk = tril(qq kk^T)    A_qb = tril(qq bb^T)     (2)
+//   T = (I - A_ab)^-1                                                                                    (3)
+//
+// With S' = S e^m, the state at the reference, the chunk reads S' through qq and aa, adds to it through kk and bb, and
+// leaves S_next = S' e^{G_15 - m}. The reference is G after the eighth token: no factor is above e^{span}, where span is the
+// larger decay of the two halves, and bf16 has the range of f32.
+//
+// Where a channel of the chunk decays by more than e^-SPAN in a half, or than e^-STEP in a token, all of the chunk takes the
+// exact form: factors of reading are e^G and e^{G - g}, those of writing e^{G_15 - G}, none above 1, and the state is
+// multiplied by e^{G_15} between. (2) is then put together of levels: pairs of tokens in the two halves of the chunk, in the
+// two halves of a half and so on, each with its reference between the halves, where again no factor is above 1; and the
+// diagonal, where there is none. Nothing overflows, and nothing is a difference of larger numbers.
+#pragma once
+#include <fla/core/barrier.cuh>
+#include <fla/core/blocks.cuh>
+#include <fla/core/copy.cuh>
+#include <fla/core/math.cuh>
+#include <fla/core/prelude.cuh>
+#include <fla/core/tile.cuh>
+#include <fla/core/tri_inverse.cuh>
+#include <fla/core/warp.cuh>
+
+namespace fla::dplr {
+
+inline constexpr int C = 16;  // tokens of a chunk
+
+// Decays, in nats, up to which one reference will do. Factors e^SPAN, times anything, are far inside of f32; and of pairs
+// that cancel in the gradient of a decay, rounding of f32 is left, which is to be small beside e^-STEP.
+inline constexpr float SPAN = 48.0f, STEP = 8.0f;
+
+// RWKV-7's bound on the log decay: w = -e^{-1/2} sigmoid(raw).
+inline constexpr float RAW_DECAY_SCALE = -0.60653065971263342f;
+
+// The products of (2).
+enum Score { QK, QB, AK, AB, NONE };
+
+// Named barriers. The block has met at 0 before the warps part, and not after.
+inline constexpr int LOADED = 0;
+template <class Cfg>
+inline constexpr int SCALED = LOADED + Cfg::PREP_GROUPS;
+template <class Cfg>
+inline constexpr int FULL = SCALED<Cfg> + Cfg::PREP_GROUPS;
+template <class Cfg>
+inline constexpr int EMPTY = FULL<Cfg> + Cfg::STAGES;
+
+// Warps that prepare chunks: groups that take turns, each of SCALE_WARPS for (1) and (2) and one that inverts; and one that
+// loads for all of them, unless a single group's inverting warp does it.
+template <class Cfg>
+inline constexpr int GROUP_WARPS = Cfg::SCALE_WARPS + 1;
+template <class Cfg>
+inline constexpr int PREP_WARPS = Cfg::PREP_GROUPS * GROUP_WARPS<Cfg> + Cfg::LOAD_WARP;
+
+template <class Cfg>
+inline constexpr int PARTS = OPERAND_PARTS<typename Cfg::Element>;
+
+// Columns of K in shared memory; those past K are zeros.
+template <class Cfg>
+inline constexpr int KP = ceil_div(Cfg::K, 16) * 16;
+
+// Calls f(col0) for this warp's slices of 16 key channels, of WARPS that share them.
+template <class Cfg, int WARPS, class F>
+__device__ void for_slices(int i_warp, F f) {
+    if constexpr (KP<Cfg> == 16 * WARPS) {
+        f(16 * i_warp);
+    } else {
+        #pragma unroll 1
+        for (int col0 = 16 * i_warp; col0 < KP<Cfg>; col0 += 16 * WARPS) f(col0);
+    }
+}
+
+// Chunks of a sequence.
+struct Chunks {
+    int count;
+    int last_rows;  // tokens of the last
+
+    __device__ explicit Chunks(i64 len) : count((len + C - 1) / C), last_rows(len - i64(count - 1) * C) {}
+    __device__ int rows(int i_chunk) const { return i_chunk + 1 == count ? last_rows : C; }
+};
+
+// The tokens of a chunk as they come, and what prep makes of them.
+template <class Cfg>
+struct ChunkStage {
+    using Element = typename Cfg::Element;
+    TokenTile<Element, KP<Cfg>> q, k, a, b, g;
+    TokenTile<Element, Cfg::BV> v;
+    BlockTile<PARTS<Cfg>, C, KP<Cfg>> qq, kk, aa, bb;
+    BlockTile<PARTS<Cfg>, C, C> ak, qk, qb, t;
+    float scale[KP<Cfg>];   // from the near end of the chunk in the walk to its reference
+    float last[KP<Cfg>];    // from the reference to the far end; in the exact form between reading and writing
+    Words<4> wide;  // whether a channel of this warp asks for the exact form; as many as there are such warps
+
+    __device__ bool is_exact() const {
+        const Words<4> all = wide;
+        u32 any = 0;
+        #pragma unroll
+        for (int i = 0; i < Cfg::SCALE_WARPS; ++i) any |= all.at[i];
+        return any != 0;
+    }
+};
+
+// The references that log decays are summed up from. LEVEL + i is for pairs in the halves of blocks of 16 >> i tokens.
+enum Mode { CENTRED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
+
+// Whether the pair of a reading and a writing token belongs to a mode. Of a pair of one token, a reads nothing.
+__device__ inline bool is_pair(int mode, int reads, int writes, bool is_q) {
+    if (mode == CENTRED) return reads > writes || (is_q && reads == writes);
+    if (mode == DIAGONAL) return is_q && reads == writes;
+    // The highest bit in which the tokens differ says where they part.
+    const int half = C / 2 >> (mode - LEVEL), differ = reads ^ writes;
+    return reads > writes && differ >= half && differ < 2 * half;
+}
+
+// Which log decays a token sums up, as matrices of -1, 0 and 1.
+struct DecaySums {
+    BlockTile<1, C, C> incl[MODES];  // from the reference to after the token
+    BlockTile<1, C, C> excl[MODES];  // from the reference to before the token
+    BlockTile<1, C, C> back[MODES];  // from after the token to the reference, or with EXACT to the end
+    BlockTile<1, C, C> pairs[MODES - LEVEL];  // `is_pair` of q as bits, all or none
+
+    __device__ void init(int mode, int row, int col) {
+        int after = col <= row, before = col < row, rest = col > row;
+        if (mode == CENTRED) {
+            const int to_reference = col < C / 2;
+            after -= to_reference;
+            before -= to_reference;
+            rest = -after;
+        } else if (mode == DIAGONAL) {
+            after = before = rest = 0;
+        } else if (mode != EXACT) {
+            // The reference is before the upper half.
+            const int half = C / 2 >> (mode - LEVEL);
+            const bool same_half = (row ^ col) < half, upper = (row & half) != 0;
+            after &= same_half && upper;
+            before &= same_half && upper;
+            rest &= same_half && !upper;
+        }
+        incl[mode].set(row, col, after);
+        excl[mode].set(row, col, before);
+        back[mode].set(row, col, rest);
+        if (mode >= LEVEL) pairs[mode - LEVEL].set_bits(row, col, is_pair(mode, row, col, true) ? 0xffff : 0);
+    }
+};
+
+template <class Cfg>
+struct ChunkPrep {
+    SharedTile<float, C, C> l[Cfg::PREP_GROUPS];  // A_ab with its sign turned
+    DecaySums sums;
+    const typename Cfg::Element* tokens[5];       // q, k, a, b and g of the first token
+};
+
+// All threads of a block call it, before a block barrier. `at` is where the first token's K channels are.
+template <class Cfg, class Params>
+__device__ void init_prep(ChunkPrep<Cfg>& s, const Params& p, i64 at) {
+    if (threadIdx.x == 0) {
+        s.tokens[0] = p.q + at;
+        s.tokens[1] = p.k + at;
+        s.tokens[2] = p.a + at;
+        s.tokens[3] = p.b + at;
+        s.tokens[4] = p.g + at;
+    }
+    for (int i = threadIdx.x; i < MODES * C * C; i += blockDim.x) s.sums.init(i / (C * C), i / C % C, i % C);
+}
+
+// Parts that hold a log decay: a sum of them must be as good as one in f32.
+template <class Cfg>
+inline constexpr int DECAY_PARTS =
+    same<typename Cfg::Element, float> || Cfg::RAW_DECAY ? 3 : OPERAND_PARTS<typename Cfg::Element>;
+
+// Log decays of a slice of 16 channels as a right operand; 0 for rows past the sequence.
+template <class Cfg, class Tile>
+__device__ FragB<DECAY_PARTS<Cfg>> load_decay(const Tile& g, int col0, int rows) {
+    constexpr int P = DECAY_PARTS<Cfg>;
+    FragB<P> b;
+    if constexpr (P == 1) {
+        u32 r[4];
+        ldmatrix_x4_trans(r, g.template row16<false>(col0));
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) b.at[0][i / 2][i % 2] = r[i];
+        return b;
+    }
+    for_pairs_down(g, col0, [&](int i, float2 x) {
+        if constexpr (Cfg::RAW_DECAY) {
+            const int row = lane_id() % 4 * 2 + i % 2 * 8;
+            x.x = row < rows ? RAW_DECAY_SCALE * sigmoid_approx(x.x) : 0.0f;
+            x.y = row + 1 < rows ? RAW_DECAY_SCALE * sigmoid_approx(x.y) : 0.0f;
+        }
+        u32 parts[P];
+        split_pair<P>(parts, x.x, x.y);
+        #pragma unroll
+        for (int p = 0; p < P; ++p) b.at[p][i / 2][i % 2] = parts[p];
+    });
+    return b;
+}
+
+// Whether a token decays by more than e^-STEP.
+template <int P>
+__device__ bool has_step(const FragB<P>& g) {
+    // Of parts, the first is the number to 8 bits.
+    const u32(&x)[2][2] = g.at[0];
+    const u32 least = min_bf16x2(min_bf16x2(x[0][0], x[0][1]), min_bf16x2(x[1][0], x[1][1]));
+    const float2 both = unpack2<bf16>(least);
+    return min(both.x, both.y) < -STEP;
+}
+
+// Log decays of a slice, as `DecaySums` has them.
+struct Decays {
+    Acc16 incl, excl, back;
+};
+
+template <int P>
+__device__ Decays sum_decays(const DecaySums& s, const FragB<P>& g, int mode) {
+    Decays d;
+    zero(d.incl);
+    zero(d.excl);
+    zero(d.back);
+    mma(d.incl, load_a(s.incl[mode], 0, 0), g);
+    mma(d.excl, load_a(s.excl[mode], 0, 0), g);
+    mma(d.back, load_a(s.back[mode], 0, 0), g);
+    return d;
+}
+
+// (1) for 16 channels. Returns whether the decay is too wide for one reference.
+template <bool REVERSE, class Cfg, class Stage>
+__device__ bool scale_slice(Stage& stage, const DecaySums& s_sums, int col0, int rows, float scale, int mode) {
+    constexpr int P = PARTS<Cfg>;
+    // All loads first: they take longer than what is done with any of them.
+    const FragB<DECAY_PARTS<Cfg>> g = load_decay<Cfg>(stage.g, col0, rows);
+    Acc16 q = load_acc(stage.q, col0), k = load_acc(stage.k, col0), a = load_acc(stage.a, col0);
+    Acc16 b = load_acc(stage.b, col0);
+    const Decays d = sum_decays(s_sums, g, mode);
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float back = exp_approx(d.back.at[n][e]);
+            q.at[n][e] *= scale * exp_approx(d.incl.at[n][e]);
+            k.at[n][e] *= back;
+            b.at[n][e] *= Cfg::KEY_AND_RATE ? a.at[n][e] * back : back;
+            a.at[n][e] *= exp_approx(d.excl.at[n][e]) * (Cfg::KEY_AND_RATE ? -1.0f : 1.0f);
+        }
+    }
+    store_a(stage.qq, 0, col0, to_a<P>(q));
+    store_a(stage.kk, 0, col0, to_a<P>(k));
+    store_a(stage.aa, 0, col0, to_a<P>(a));
+    store_a(stage.bb, 0, col0, to_a<P>(b));
+
+    if (mode >= LEVEL) return false;
+    // Edges of the chunk, for the lane's four channels 8 n + 2 t + e at [2 n + e]. Lanes of g = 0 and 1 have one vector each.
+    const int i_vector = lane_id() / 4;
+    bool is_wide = false;
+    float x[4];
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        // From the start of the chunk to the reference, and from there to the end. With EXACT, `first` is 0: the state stands
+        // at the start until it is read, and at the end when it is written.
+        const float first = -__shfl_sync(FULL_WARP, d.excl.at[i / 2][i % 2], lane_id() % 4);
+        const float last = __shfl_sync(FULL_WARP, d.incl.at[i / 2][2 + i % 2], 28 + lane_id() % 4);
+        is_wide |= min(first, last) < -SPAN;
+        const float near = mode == EXACT ? 0.0f : REVERSE ? last : first, far = REVERSE && mode != EXACT ? first : last;
+        x[i] = exp_approx(i_vector == 0 ? near : far);
+    }
+    if (i_vector < 2) {
+        float* vector = (i_vector == 0 ? stage.scale : stage.last) + col0 + 2 * (lane_id() % 4);
+        *reinterpret_cast<float2*>(vector) = {x[0], x[1]};
+        *reinterpret_cast<float2*>(vector + 8) = {x[2], x[3]};
+    }
+    return is_wide || has_step(g);
+}
+
+// The product of a tile's rows with the rows of another, over all channels.
+template <int P, int COLS>
+__device__ Acc16 dot_rows(const BlockTile<P, C, COLS>& a, const BlockTile<P, C, COLS>& b) {
+    // Two chains, as one product waits for the one before.
+    Acc16 d, other;
+    zero(d);
+    zero(other);
+    #pragma unroll
+    for (int k = 0; k < COLS; k += 16) mma(k / 16 % 2 == 0 ? d : other, load_a(a, 0, k), load_b_transposed(b, 0, k));
+    return d + other;
+}
+
+// Copies a tile of `rows` tokens; the rows after them become zeros. `src` is the first token's first column.
+template <int COLS, int THREADS, class T, int TILE_COLS>
+__device__ void load_tokens(
+    TokenTile<T, TILE_COLS>& s, const T* src, i32 stride, int rows, int cols, int i_thread
+) {
+    constexpr int PIECE = 16 / sizeof(T);
+    if constexpr (COLS % PIECE == 0) {
+        constexpr int PIECES = TILE_COLS / PIECE;
+        #pragma unroll
+        for (int first = 0; first < C * PIECES; first += THREADS) {
+            const int i = first + i_thread;
+            if (C * PIECES % THREADS != 0 && i >= C * PIECES) break;
+            const int row = i / PIECES, col = i % PIECES * PIECE;
+            const bool inside = row < rows && (TILE_COLS == COLS || col < cols);
+            cp_async_cg_16(&s.at(row, col), src + (inside ? row * stride + col : 0), inside ? 16 : 0);
+        }
+    } else {
+        // Rows begin anywhere.
+        for (int i = i_thread; i < C * TILE_COLS; i += THREADS) {
+            const int row = i / TILE_COLS, col = i % TILE_COLS;
+            s.at(row, col) = row < rows && col < cols ? src[row * stride + col] : from_f32<T>(0.0f);
+        }
+    }
+}
+
+// Copies what every chunk pass reads of K channels. A loop, as instructions are what there is too much of.
+template <class Cfg, class Stage>
+__device__ void load_k_tokens(Stage& stage, const ChunkPrep<Cfg>& s, i64 first, i32 stride, int rows, int i_thread) {
+    #pragma unroll 1
+    for (int i = 0; i < 5; ++i) {
+        load_tokens<Cfg::K, 32>((&stage.q)[i], s.tokens[i] + first, stride, rows, Cfg::K, i_thread);
+    }
+}
+
+// The walk of the warps that prepare. `load(stage, i_chunk, rows, i_thread)` starts the copies of a chunk by one warp. WAITERS
+// warps wait for a chunk at FULL + stage, and CONSUMERS arrive at EMPTY + stage when they are through, if it is filled again.
+template <class Cfg, bool REVERSE, int WAITERS, int CONSUMERS, class Stage, class Load>
+__device__ void prepare_chunks(
+    Stage (&stages)[Cfg::STAGES], ChunkPrep<Cfg>& s, const Chunks& chunks, float scale, Load load
+) {
+    constexpr int STAGES = Cfg::STAGES, SCALE_WARPS = Cfg::SCALE_WARPS;
+    // Chunks whose copies are under way. A warp that also inverts must not wait for room that its own chunk has to make.
+    constexpr int AHEAD = min(STAGES - int(!Cfg::LOAD_WARP), max(STAGES / 2, 1));
+    constexpr int P = PARTS<Cfg>;
+    static_assert(SCALE_WARPS == 3 || SCALE_WARPS == 4, "three of (2) are theirs");
+    const int i_warp = threadIdx.x / 32;
+    const auto chunk_at = [&](int i) { return REVERSE ? chunks.count - 1 - i : i; };
+    const auto fetch = [&](int i) {
+        if (i < chunks.count) {
+            if (i >= STAGES) bar_sync(EMPTY<Cfg> + i % STAGES, 32 * (1 + CONSUMERS));
+            load(stages[i % STAGES], chunk_at(i), chunks.rows(chunk_at(i)), lane_id());
+        }
+        cp_async_commit_group();
+    };
+    static_assert(Cfg::LOAD_WARP || Cfg::PREP_GROUPS == 1, "one warp loads");
+    static_assert(STAGES % Cfg::PREP_GROUPS == 0, "a stage is always the same group's");
+    const bool loads = i_warp == PREP_WARPS<Cfg> - 1;
+    if (loads) {
+        #pragma unroll 1
+        for (int i = 0; i < AHEAD; ++i) fetch(i);
+    }
+    const auto wait_for = [&](int i) {
+        if constexpr (AHEAD == 0) fetch(i);
+        cp_async_wait_group<max(AHEAD - 1, 0)>();
+        bar_sync(LOADED + i % Cfg::PREP_GROUPS, 32 * (1 + SCALE_WARPS));
+        // Last, as it may have to wait for room.
+        if constexpr (AHEAD > 0) fetch(i + AHEAD);
+    };
+    if (loads && Cfg::LOAD_WARP) {
+        for (int i = 0; i < chunks.count; ++i) wait_for(i);
+        return;
+    }
+    // Each of (2) is a warp's.
+    const int i_group = i_warp / GROUP_WARPS<Cfg>, i_scale = i_warp % GROUP_WARPS<Cfg>;
+    const int i_score = i_scale == SCALE_WARPS ? AB : i_scale < AB ? i_scale : NONE;
+    const bool is_q = i_score == QK || i_score == QB, is_k = i_score == QK || i_score == AK;
+    auto& s_l = s.l[i_group];
+    for (int i = i_group; i < chunks.count; i += Cfg::PREP_GROUPS) {
+        Stage& stage = stages[i % STAGES];
+        const int rows = chunks.rows(chunk_at(i));
+        if (loads) wait_for(i);
+        else if (i_scale < SCALE_WARPS) bar_sync(LOADED + i_group, 32 * (1 + SCALE_WARPS));
+        int mode = CENTRED;
+        Acc16 scores;
+        zero(scores);
+        while (true) {
+            if (i_scale < SCALE_WARPS) {
+                bool is_wide = false;
+                for_slices<Cfg, SCALE_WARPS>(i_scale, [&](int col0) {
+                    is_wide |= scale_slice<REVERSE, Cfg>(stage, s.sums, col0, rows, scale, mode);
+                });
+                if (mode == CENTRED) {
+                    is_wide = __any_sync(FULL_WARP, is_wide);
+                    if (lane_id() == 0) stage.wide.at[i_scale] = is_wide;
+                }
+            }
+            bar_sync(SCALED<Cfg> + i_group, 32 * GROUP_WARPS<Cfg>);
+            const bool is_last = mode == EXACT || (mode == CENTRED && !stage.is_exact());
+            if (i_score != NONE && (mode >= LEVEL || (mode == CENTRED && is_last))) {
+                // (2)
+                Acc16 d = dot_rows(is_q ? stage.qq : stage.aa, is_k ? stage.kk : stage.bb);
+                if (mode == CENTRED) {
+                    for_each(d, [&](int row, int col, float& x) { x = row - int(!is_q) >= col ? x : 0.0f; });
+                } else {
+                    for_each(d, [&](int row, int col, float& x) { x = is_pair(mode, row, col, is_q) ? x : 0.0f; });
+                }
+                scores = scores + d;
+            }
+            if (is_last) break;
+            if (mode >= LEVEL) bar_sync(SCALED<Cfg> + i_group, 32 * GROUP_WARPS<Cfg>);  // the operands of the level have been read
+            mode = mode == CENTRED ? LEVEL : mode == DIAGONAL ? EXACT : mode + 1;
+        }
+        if (i_score == AB) {
+            // (3)
+            for_each(scores, [&](int row, int col, float& x) { s_l.at(row, col) = -x; });
+            __syncwarp();  // l is complete
+            float x[C];
+            substitute(x, s_l, 0, lane_id() % 16);
+            if (lane_id() < 16) {
+                #pragma unroll
+                for (int i_row = 0; i_row < C; ++i_row) stage.t.set(i_row, lane_id(), x[i_row]);
+            }
+            __syncwarp();  // l has been read
+        } else if (i_score != NONE) {
+            store_a(i_score == AK ? stage.ak : i_score == QK ? stage.qk : stage.qb, 0, 0, to_a<P>(scores));
+        }
+        bar_arrive(FULL<Cfg> + i % STAGES, 32 * (1 + SCALE_WARPS + WAITERS));
+    }
+}
+
+}  // namespace fla::dplr

@@ -1,0 +1,122 @@
+// chunk_state: what a block of a chunk pass works on, and a state or its gradient in the registers of a warp: some
+// value channels by all key channels.
+#pragma once
+#include <fla/core/blocks.cuh>
+#include <fla/core/copy.cuh>
+#include <fla/core/mma.cuh>
+#include <fla/core/prelude.cuh>
+#include <fla/core/states.cuh>
+#include <fla/core/warp.cuh>
+#include <fla/dplr/chunk_prep.cuh>
+
+namespace fla::dplr {
+
+// What a block works on.
+template <class Cfg>
+struct ChunkWork {
+    i64 i_n, i_h, bos, first_chunk;
+    int v0;
+    Chunks chunks;
+
+    template <class Params>
+    __device__ explicit ChunkWork(const Params& p) : chunks(0) {
+        constexpr int SLICES = ceil_div(Cfg::V, Cfg::BV);
+        v0 = blockIdx.x % SLICES * Cfg::BV;
+        const i64 i_nh = blockIdx.x / SLICES;
+        i_n = i_nh / p.h;
+        i_h = i_nh % p.h;
+        const Sequence seq = sequence_of(p.cu_seqlens, i_n, p.t);
+        bos = seq.bos;
+        chunks = Chunks(seq.eos - seq.bos);
+        first_chunk = p.chunk_offsets == nullptr ? i_n * chunks.count : p.chunk_offsets[i_n];
+    }
+};
+
+// The image of a chunk's state, of which a warp has rows v0 .. v0 + 16.
+template <class Cfg>
+using StateImage = BlockTile<PARTS<Cfg>, ceil_div(Cfg::V, 16) * 16, KP<Cfg>>;
+
+// Rows of a state in the registers of a warp, STATE_ROWS of them.
+template <class Cfg>
+using StateRows = Acc16[Cfg::STATE_ROWS / 16][KP<Cfg> / 16];
+
+template <class Cfg>
+__device__ void zero(StateRows<Cfg>& r) {
+    #pragma unroll
+    for (int m = 0; m < Cfg::STATE_ROWS / 16; ++m) {
+        #pragma unroll
+        for (int i = 0; i < KP<Cfg> / 16; ++i) zero(r[m][i]);
+    }
+}
+
+// r[v, k] *= of[k]
+template <class Cfg>
+__device__ void scale_state(StateRows<Cfg>& r, const float* s_of) {
+    #pragma unroll
+    for (int i = 0; i < KP<Cfg> / 16; ++i) {
+        #pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 x = *reinterpret_cast<const float2*>(s_of + 16 * i + 8 * n + lane_id() % 4 * 2);
+            #pragma unroll
+            for (int m = 0; m < Cfg::STATE_ROWS / 16; ++m) {
+                #pragma unroll
+                for (int e = 0; e < 4; ++e) r[m][i].at[n][e] *= e % 2 == 0 ? x.x : x.y;
+            }
+        }
+    }
+}
+
+// Calls f(index, element) for what this lane has of a state [K, V], whose row `v0` of V is the warp's first.
+template <class Cfg, class F>
+__device__ void for_state(StateRows<Cfg>& r, int v0, F f) {
+    #pragma unroll
+    for (int m = 0; m < Cfg::STATE_ROWS / 16; ++m) {
+        #pragma unroll
+        for (int i = 0; i < KP<Cfg> / 16; ++i) {
+            for_each(r[m][i], [&](int row, int col, float& x) {
+                const int i_v = v0 + 16 * m + row, i_k = 16 * i + col;
+                if (i_v < Cfg::V && i_k < Cfg::K) f(i64(i_k) * Cfg::V + i_v, x);
+            });
+        }
+    }
+}
+
+// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose.
+template <int CHANNELS, class Element>
+__device__ void store_transposed(Element* dst, i32 stride, Acc16& d, int col0, int rows) {
+    if constexpr (sizeof(Element) == 2 && CHANNELS % 2 == 0) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            // Block i % 2 of channels and i / 2 of tokens; a lane gets two channels of one token.
+            const u32 pair = movmatrix_trans(pack2<Element>(d.at[i / 2][i % 2 * 2], d.at[i / 2][i % 2 * 2 + 1]));
+            const int row = i / 2 * 8 + lane_id() / 4, col = col0 + i % 2 * 8 + lane_id() % 4 * 2;
+            if (row < rows && col < CHANNELS) *reinterpret_cast<u32*>(dst + row * stride + col) = pair;
+        }
+    } else {
+        for_each(d, [&](int channel, int row, float& x) {
+            if (row < rows && col0 + channel < CHANNELS) dst[row * stride + col0 + channel] = from_f32<Element>(x);
+        });
+    }
+}
+
+// s = rows v0 and on of an image; those past its end become zeros.
+template <int THREADS, int P, int ROWS, int COLS, int IMAGE_ROWS>
+__device__ void load_image(
+    BlockTile<P, ROWS, COLS>& s, const BlockTile<P, IMAGE_ROWS, COLS>& image, int v0, int i_thread
+) {
+    constexpr int PIECES = ROWS * COLS / 8;  // of 16 bytes, in a part
+    #pragma unroll
+    for (int p = 0; p < P; ++p) {
+        const u32* src = image.blocks[p][v0 / 16][0][0];
+        u32* dst = s.blocks[p][0][0][0];
+        #pragma unroll
+        for (int first = 0; first < PIECES; first += THREADS) {
+            const int i = first + i_thread;
+            if (PIECES % THREADS != 0 && i >= PIECES) break;
+            const bool inside = v0 + i / (2 * COLS) * 16 < IMAGE_ROWS;
+            cp_async_cg_16(dst + 4 * i, src + (inside ? 4 * i : 0), inside ? 16 : 0);
+        }
+    }
+}
+
+}  // namespace fla::dplr

@@ -1,0 +1,629 @@
+//! The chunk forward pass: matrix products over 16 tokens at a time, with the state on chip from chunk to chunk.
+
+use std::mem::offset_of;
+use std::sync::Arc;
+
+use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
+use fla_core::{
+    Arch, Chunks, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source,
+    Unit, check_len,
+};
+use half::{bf16, f16};
+
+use crate::Transition;
+use crate::config::{self, CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant};
+
+/// Largest K and V of the chunk passes: a block holds whole columns of the state.
+const MAX_K: usize = 256;
+
+/// Where an operand has two parts, which takes twice the registers and the shared memory.
+const MAX_K_OF_TWO_PARTS: usize = 128;
+
+/// The widest K that the chunk passes take in this type.
+pub(crate) fn max_k<T: Element>() -> usize {
+    if T::DTYPE == DType::Bf16 { MAX_K } else { MAX_K_OF_TWO_PARTS }
+}
+pub(crate) const MAX_V: usize = 256;
+
+const SOURCE: Source =
+    Source { name: "fla/dplr/chunk_fwd.cu", text: include_str!("../kernels/chunk_fwd.cu") };
+pub(crate) const HEADERS: &[Source] = &[
+    Source { name: "fla/dplr/chunk_prep.cuh", text: include_str!("../kernels/chunk_prep.cuh") },
+    Source { name: "fla/dplr/chunk_state.cuh", text: include_str!("../kernels/chunk_state.cuh") },
+];
+
+/// What `g` holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decay {
+    /// The log decay, natural base, at most 0.
+    Log,
+    /// RWKV-7's logit x, any number: the log decay is `-e^{-1/2} sigmoid(x)`, formed in f32 inside the kernel. The
+    /// gradient is that of x.
+    Logit,
+}
+
+/// Whether the states at the starts of chunks go from the forward to the backward pass: memory or time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SavedStates {
+    /// They do not: the backward pass computes them once more, into its workspace.
+    Recomputed,
+    /// The forward pass writes them and the backward pass reads them.
+    Kept,
+}
+
+/// What has no safe default, and what may be changed. Both passes of a training step take the same.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ChunkFwdOptions {
+    /// Factor of the output; `K^-0.5` and 1 are both common, so it must be said.
+    pub scale: f32,
+    /// What `a` and `b` are; [`Transition::General`] unless changed.
+    pub transition: Transition,
+    /// What `g` holds; [`Decay::Log`] unless changed.
+    pub decay: Decay,
+    /// Where the backward pass finds states; [`SavedStates::Recomputed`] unless changed. A plan of the forward pass writes
+    /// states with [`SavedStates::Kept`] and not otherwise.
+    pub saved_states: SavedStates,
+}
+
+impl ChunkFwdOptions {
+    /// The options with this factor of the output.
+    #[must_use]
+    pub const fn new(scale: f32) -> Self {
+        let (transition, decay) = (Transition::General, Decay::Log);
+        Self { scale, transition, decay, saved_states: SavedStates::Recomputed }
+    }
+
+    /// Changes what `a` and `b` are.
+    #[must_use]
+    pub const fn with_transition(mut self, transition: Transition) -> Self {
+        self.transition = transition;
+        self
+    }
+
+    /// Changes what `g` holds.
+    #[must_use]
+    pub const fn with_decay(mut self, decay: Decay) -> Self {
+        self.decay = decay;
+        self
+    }
+
+    /// Changes where the backward pass finds states.
+    #[must_use]
+    pub const fn with_saved_states(mut self, saved_states: SavedStates) -> Self {
+        self.saved_states = saved_states;
+        self
+    }
+
+    /// The scale, when it is one.
+    pub(crate) fn checked_scale(&self) -> Result<f32, Error> {
+        if self.scale.is_finite() {
+            return Ok(self.scale);
+        }
+        Err(Error::Option { option: "scale", wanted: "finite", got: self.scale.to_string() })
+    }
+}
+
+/// What the pass reads. Contiguous, each at a multiple of 16 bytes.
+#[derive(Clone, Copy)]
+#[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
+pub struct ChunkFwdInputs<'a, T> {
+    /// Queries: `[B, T, H, K]`.
+    pub q: &'a dyn DevicePtr<T>,
+    /// Keys: `[B, T, H, K]`.
+    pub k: &'a dyn DevicePtr<T>,
+    /// Values: `[B, T, H, V]`.
+    pub v: &'a dyn DevicePtr<T>,
+    /// What is read from the state before the decay, or a key; see [`Transition`]: `[B, T, H, K]`.
+    pub a: &'a dyn DevicePtr<T>,
+    /// Where it is written back, or the rate of the key: `[B, T, H, K]`.
+    pub b: &'a dyn DevicePtr<T>,
+    /// Log decay, natural base, at most 0, or a logit; see [`Decay`]: `[B, T, H, K]`.
+    pub g: &'a dyn DevicePtr<T>,
+    /// State before the first token of each sequence, or zero when absent: `[N, H, K, V]`.
+    pub initial_state: Option<&'a dyn DevicePtr<f32>>,
+}
+
+/// What the pass writes, whole.
+#[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
+pub struct ChunkFwdOutputs<'a, T> {
+    /// Outputs: `[B, T, H, V]`.
+    pub o: &'a mut dyn DevicePtrMut<T>,
+    /// State after the last token of each sequence, when wanted: `[N, H, K, V]`.
+    pub final_state: Option<&'a mut dyn DevicePtrMut<f32>>,
+    /// State before every 16 tokens of each sequence, with [`SavedStates::Kept`] and not otherwise, in the form that
+    /// [`ChunkBwd`](crate::ChunkBwd) reads: [`ChunkFwd::states_len`] elements.
+    pub states: Option<&'a mut dyn DevicePtrMut<u16>>,
+}
+
+/// What the one-call form returns.
+#[derive(Debug)]
+pub struct ChunkFwdResult<T> {
+    /// Outputs: `[B, T, H, V]`.
+    pub o: CudaSlice<T>,
+    /// State after the last token of each sequence: `[N, H, K, V]`.
+    pub final_state: CudaSlice<f32>,
+    /// States for [`chunk_bwd`](crate::chunk_bwd), when they are kept.
+    pub states: Option<CudaSlice<u16>>,
+}
+
+/// The chunk forward pass of the DPLR delta rule, made once for a shape and run many times.
+///
+/// ```text
+/// S_t = (diag(e^{g_t}) + b_t a_t^T) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
+/// ```
+///
+/// A chunk of 16 tokens is a triangular inverse and a few matrix products. With e_i the decay from the start of the chunk
+/// through row i, e'_i until just before it, and e_end that of the whole chunk:
+///
+/// ```text
+/// A_qk, A_qb = scale sum_k q_i {k, b}_j e_i / e_j      j <= i
+/// A_ak, A_ab = sum_k a_i {k, b}_j e'_i / e_j           j < i
+/// u = (I - A_ab)^-1 (A_ak v + (a e') S)                the values S_{t-1}^T a_t
+/// o = scale (q e) S + A_qk v + A_qb u
+/// S <- diag(e_end) S + (k e_end / e)^T v + (b e_end / e)^T u
+/// ```
+///
+/// | tensor              | shape          | dtype | meaning                                             |
+/// |---------------------|----------------|-------|-----------------------------------------------------|
+/// | `q`, `k`, `a`, `b`  | `[B, T, H, K]` | `T`   | queries, keys, low-rank transition                  |
+/// | `v`                 | `[B, T, H, V]` | `T`   | values                                              |
+/// | `g`                 | `[B, T, H, K]` | `T`   | log decay, natural base, at most 0; or a logit      |
+/// | `initial_state`     | `[N, H, K, V]` | f32   | optional; zero when absent                          |
+/// | `o` (out)           | `[B, T, H, V]` | `T`   | outputs                                             |
+/// | `final_state` (out) | `[N, H, K, V]` | f32   | optional                                            |
+/// | `states` (out)      | `states_len()` | u16   | with [`SavedStates::Kept`]; for [`ChunkBwd`](crate::ChunkBwd) |
+///
+/// `T` is f32, bf16 or f16; K is at most 256 in bf16 and 128 in f32 and f16, V at most 256, any size. A sequence without
+/// tokens hands its state through. The values of `g` are not checked: above 0 the state grows. Lengths have to be known to the host.
+///
+/// `states` holds bits of bf16: for each of the NT chunks and each head an image of the state before it, K and V rounded up
+/// to multiples of 16, so 2 K V bytes for 16 tokens; for f32 and f16 vectors two images whose sum it is. Nothing but
+/// [`ChunkBwd`](crate::ChunkBwd) of the same version reads them.
+///
+/// # Numerics
+///
+/// Sums are taken in f32. The state is f32 from chunk to chunk; what is multiplied on tensor cores is rounded to bf16, or
+/// split into two bf16 where vectors are f32 or f16. The error against the float64 recurrence stays under the rows
+/// `dplr, chunk_fwd` of `fla_reference::tolerance`. Sums are taken in a fixed order: the same inputs give the same bits.
+///
+/// # Source
+///
+/// The DPLR form of the delta rule: Peng et al., "RWKV-7 Goose with Expressive Dynamic State Evolution",
+/// arXiv:2503.14456.
+#[derive(Debug)]
+pub struct ChunkFwd<T> {
+    kernel: Kernel<ChunkFwdParams<T>>,
+    writes: ChunkFwdWrites,
+    shape: Shape,
+    cut: ChunkCut,
+    states_len: usize,
+    scale: f32,
+    /// None when there is nothing to launch.
+    grid: Option<Grid>,
+}
+
+const fn is_shareable<T: Send + Sync>() {}
+// A plan may be made on one thread and run on others.
+const _: () = is_shareable::<ChunkFwd<bf16>>();
+
+impl<T: Element> ChunkFwd<T> {
+    /// Checks the shape, compiles or loads the kernel, and uploads the offsets of packed sequences.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Dim`] when H, K or V is 0 or too large, for this GPU too, or there are too many sequences for a launch;
+    /// [`Error::SeqLens`] when only the device knows the lengths; [`Error::Option`] when `scale` is not finite; [`Error::NoNvrtc`],
+    /// [`Error::Compile`], [`Error::Driver`] or [`Error::OutOfMemory`] when the kernel cannot be had.
+    pub fn new(device: &Device, shape: &Shape, options: &ChunkFwdOptions) -> Result<Self, Error> {
+        let writes = match options.saved_states {
+            SavedStates::Recomputed => ChunkFwdWrites::Output,
+            SavedStates::Kept => ChunkFwdWrites::OutputAndStates,
+        };
+        Self::that_writes(device, shape, options, writes)
+    }
+
+    /// The plan of a backward pass that was given no states: it writes them and nothing else.
+    pub(crate) fn of_states(
+        device: &Device,
+        shape: &Shape,
+        options: &ChunkFwdOptions,
+    ) -> Result<Self, Error> {
+        Self::that_writes(device, shape, options, ChunkFwdWrites::States)
+    }
+
+    fn that_writes(
+        device: &Device,
+        shape: &Shape,
+        options: &ChunkFwdOptions,
+        writes: ChunkFwdWrites,
+    ) -> Result<Self, Error> {
+        shape.check(max_k::<T>(), MAX_V)?;
+        let scale = options.checked_scale()?;
+        let variant = variant::<T>(shape, options);
+        let smem_bytes = device.smem_bytes() as usize;
+        let (mut config, few_warps) = (variant.fwd(smem_bytes), variant.fwd_of_few_warps(smem_bytes));
+        check_smem(device, shape, variant.fwd_smem_bytes(&config))?;
+        let kernel = device.kernel(&unit::<T>(&variant, &config, writes)).or_else(|error| {
+            if !matches!(error, Error::Compile { .. }) || config == few_warps {
+                return Err(error);
+            }
+            tracing::warn!(%error, "dplr chunk_fwd runs with fewer warps");
+            config = few_warps;
+            device.kernel(&unit::<T>(&variant, &config, writes))
+        })?;
+        tracing::debug!(?variant, ?config, ?writes, "dplr chunk_fwd");
+        let grid = grid(shape, variant.slices(&config))?;
+        let cut = ChunkCut::new(device, shape)?;
+        Ok(Self {
+            kernel,
+            writes,
+            states_len: cut.states_len(shape, &variant),
+            shape: shape.clone(),
+            cut,
+            scale,
+            grid,
+        })
+    }
+
+    /// Elements of the output `states`.
+    #[must_use]
+    pub fn states_len(&self) -> usize {
+        self.states_len
+    }
+
+    /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Len`], [`Error::Align`] and [`Error::Presence`], which name the tensor; [`Error::Context`] when the
+    /// stream belongs to another context; [`Error::Driver`] when the launch is refused. Nothing has been launched then.
+    pub fn run(
+        &self,
+        stream: &CudaStream,
+        x: &ChunkFwdInputs<'_, T>,
+        y: &mut ChunkFwdOutputs<'_, T>,
+    ) -> Result<(), Error> {
+        self.check_inputs(x)?;
+        check_len("o", "[B, T, H, V]", self.shape.v_len(), y.o.len())?;
+        if let Some(state) = &y.final_state {
+            check_len("final_state", "[N, H, K, V]", self.shape.state_len(), state.len())?;
+        }
+        let presence = |wanted| Err(Error::Presence { tensor: "states", wanted });
+        match (&y.states, self.writes.states()) {
+            (Some(states), true) => {
+                check_len("states", "states_len() of the plan", self.states_len, states.len())?;
+            }
+            (None, false) => {}
+            (None, true) => return presence("must be given, since the plan is for states that are kept"),
+            (Some(_), false) => return presence("must be absent, since the plan does not keep states"),
+        }
+        let wanted = Wanted {
+            o: Some(&mut *y.o),
+            final_state: y.final_state.as_deref_mut(),
+            states: y.states.as_deref_mut(),
+        };
+        self.launch(stream, x, wanted)
+    }
+
+    /// Runs a plan that [`Self::of_states`] made.
+    pub(crate) fn run_states(
+        &self,
+        stream: &CudaStream,
+        x: &ChunkFwdInputs<'_, T>,
+        states: &mut dyn DevicePtrMut<u16>,
+    ) -> Result<(), Error> {
+        self.launch(stream, x, Wanted { o: None, final_state: None, states: Some(states) })
+    }
+
+    fn check_inputs(&self, x: &ChunkFwdInputs<'_, T>) -> Result<(), Error> {
+        let k_len = self.shape.k_len();
+        for (name, tensor) in [("q", x.q), ("k", x.k), ("a", x.a), ("b", x.b), ("g", x.g)] {
+            check_len(name, "[B, T, H, K]", k_len, tensor.len())?;
+        }
+        check_len("v", "[B, T, H, V]", self.shape.v_len(), x.v.len())?;
+        if let Some(state) = x.initial_state {
+            check_len("initial_state", "[N, H, K, V]", self.shape.state_len(), state.len())?;
+        }
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        stream: &CudaStream,
+        x: &ChunkFwdInputs<'_, T>,
+        y: Wanted<'_, '_, T>,
+    ) -> Result<(), Error> {
+        let Shape { seqs, h, .. } = &self.shape;
+        let Some(grid) = self.grid else { return Ok(()) };
+        self.kernel.launch(stream, grid, |bind| ChunkFwdParams {
+            q: bind.read("q", x.q),
+            k: bind.read("k", x.k),
+            v: bind.read("v", x.v),
+            a: bind.read("a", x.a),
+            b: bind.read("b", x.b),
+            g: bind.read("g", x.g),
+            initial_state: bind.read_opt("initial_state", x.initial_state),
+            cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
+            chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
+            o: bind.write_opt("o", y.o),
+            final_state: bind.write_opt("final_state", y.final_state),
+            states: bind.write_opt("states", y.states),
+            n: seqs.n() as i64,
+            t: seqs.t() as i64,
+            // `new` has checked that H fits.
+            h: *h as i32,
+            scale: self.scale,
+        })
+    }
+}
+
+/// Outputs of a launch; their lengths have been checked.
+struct Wanted<'a, 'b, T> {
+    o: Option<&'a mut (dyn DevicePtrMut<T> + 'b)>,
+    final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
+    states: Option<&'a mut (dyn DevicePtrMut<u16> + 'b)>,
+}
+
+/// Makes the plan, allocates the outputs and runs, on the stream of `q`.
+///
+/// # Errors
+///
+/// As [`ChunkFwd::new`] and [`ChunkFwd::run`].
+pub fn chunk_fwd<T: Element>(
+    device: &Device,
+    shape: &Shape,
+    x: &ChunkFwdInputs<'_, T>,
+    options: &ChunkFwdOptions,
+) -> Result<ChunkFwdResult<T>, Error> {
+    let plan = ChunkFwd::<T>::new(device, shape, options)?;
+    let stream: Arc<CudaStream> = x.q.stream().clone();
+    let states = match options.saved_states {
+        SavedStates::Recomputed => None,
+        SavedStates::Kept => Some(device.alloc(&stream, plan.states_len())?),
+    };
+    let mut y = ChunkFwdResult {
+        o: device.alloc(&stream, shape.v_len())?,
+        final_state: device.alloc(&stream, shape.state_len())?,
+        states,
+    };
+    let mut outputs = ChunkFwdOutputs {
+        o: &mut y.o,
+        final_state: Some(&mut y.final_state),
+        states: y.states.as_mut().map(|states| states as &mut dyn DevicePtrMut<u16>),
+    };
+    plan.run(&stream, x, &mut outputs)?;
+    Ok(y)
+}
+
+/// What kernels have to know of chunks, on the device; nothing when sequences are dense.
+#[derive(Debug)]
+pub(crate) struct ChunkCut {
+    /// Chunks of all sequences, `NT`.
+    pub(crate) nt: usize,
+    /// Tokens before each sequence: `[N + 1]`.
+    pub(crate) cu_seqlens: Option<CudaSlice<i64>>,
+    /// Chunks before each sequence: `[N + 1]`.
+    pub(crate) chunk_offsets: Option<CudaSlice<i64>>,
+}
+
+impl ChunkCut {
+    /// Cuts every sequence into chunks, and uploads what packed ones need.
+    pub(crate) fn new(device: &Device, shape: &Shape) -> Result<Self, Error> {
+        let seqs = &shape.seqs;
+        if seqs.is_dense() {
+            let nt = seqs.n().saturating_mul(seqs.t().div_ceil(CHUNK));
+            return Ok(Self { nt, cu_seqlens: None, chunk_offsets: None });
+        }
+        // Refuses lengths that only the device knows.
+        let chunks = Chunks::new(seqs, CHUNK)?;
+        Ok(Self {
+            nt: chunks.len(),
+            cu_seqlens: seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?,
+            chunk_offsets: Some(device.upload_offsets(chunks.offsets())?),
+        })
+    }
+
+    /// Elements of the states at the starts of all chunks. Saturates, so that a product that no memory holds fits no tensor.
+    pub(crate) fn states_len(&self, shape: &Shape, variant: &ChunkVariant) -> usize {
+        self.nt.saturating_mul(shape.h).saturating_mul(variant.saved_state_len())
+    }
+}
+
+/// The blocks of a launch that gives `slices` of them to each head of each sequence; none when there is nothing to do.
+pub(crate) fn grid(shape: &Shape, slices: usize) -> Result<Option<Grid>, Error> {
+    let states = shape.seqs.n().saturating_mul(shape.h);
+    match i32::try_from(states.saturating_mul(slices)) {
+        Ok(0) => Ok(None),
+        Ok(blocks) => Ok(Some(Grid::x(blocks as u32))),
+        Err(_) => {
+            let wanted = format!("at most {}", i32::MAX as usize / slices);
+            Err(Error::Dim { dim: "N * H", wanted, got: states })
+        }
+    }
+}
+
+/// Refuses a head for which a block has too little shared memory, however the work is cut.
+pub(crate) fn check_smem(device: &Device, shape: &Shape, needed: usize) -> Result<(), Error> {
+    let smem_bytes = device.smem_bytes() as usize;
+    if needed <= smem_bytes {
+        return Ok(());
+    }
+    let wanted = format!(
+        "less in this type, for which a block needs {needed} bytes of shared memory and has {smem_bytes}"
+    );
+    Err(Error::Dim { dim: "K", wanted, got: shape.k })
+}
+
+/// What a plan's kernels are compiled for.
+pub(crate) fn variant<T: Element>(shape: &Shape, options: &ChunkFwdOptions) -> ChunkVariant {
+    let ChunkFwdOptions { transition, decay, .. } = *options;
+    ChunkVariant { dtype: T::DTYPE, k: shape.k, v: shape.v, transition, decay }
+}
+
+/// Heads and forms that are compiled ahead.
+pub(crate) fn variants() -> impl Iterator<Item = ChunkVariant> {
+    let heads = [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)];
+    let general = heads.map(|(k, v)| ChunkVariant {
+        dtype: bf16::DTYPE,
+        k,
+        v,
+        transition: Transition::General,
+        decay: Decay::Log,
+    });
+    let of_rwkv7 = [
+        (Transition::General, Decay::Logit),
+        (Transition::KeyAndRate, Decay::Log),
+        (Transition::KeyAndRate, Decay::Logit),
+    ];
+    let of_rwkv7 = of_rwkv7.map(|(transition, decay)| ChunkVariant { transition, decay, ..general[0] });
+    general.into_iter().chain(of_rwkv7)
+}
+
+/// Whether a variant is compiled ahead for f32 and f16 too: common heads, without RWKV-7's forms.
+pub(crate) fn is_plain(variant: &ChunkVariant) -> bool {
+    let ChunkVariant { k, v, transition, decay, .. } = *variant;
+    transition == Transition::General && decay == Decay::Log && k == v && k <= 128
+}
+
+pub(crate) fn units(arch: Arch) -> Vec<Unit> {
+    let smem_bytes = config::smem_bytes(arch);
+    let mut out = Vec::new();
+    for variant in variants() {
+        let [output, output_and_states, states] = all_units::<bf16>(&variant, smem_bytes);
+        out.push(output_and_states);
+        if (variant.k, variant.v) == (64, 64) {
+            out.extend([output, states]);
+        }
+        if is_plain(&variant) {
+            let [_, output_and_states, _] = all_units::<f32>(&variant, smem_bytes);
+            out.push(output_and_states);
+            let [_, output_and_states, _] = all_units::<f16>(&variant, smem_bytes);
+            out.push(output_and_states);
+        }
+    }
+    out
+}
+
+/// The kernels of a variant in this type.
+pub(crate) fn all_units<T: Element>(variant: &ChunkVariant, smem_bytes: usize) -> [Unit; 3] {
+    let variant = ChunkVariant { dtype: T::DTYPE, ..*variant };
+    let config = variant.fwd(smem_bytes);
+    ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &config, writes))
+}
+
+fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkFwdWrites) -> Unit {
+    let unit = Unit::new::<ChunkFwdParams<T>>("dplr", "chunk_fwd", SOURCE, config.threads())
+        .with_smem_bytes(variant.fwd_smem_bytes(config) as u32);
+    with_constants::<T>(unit, variant, config)
+        .with("OUTPUT", writes.output())
+        .with("KEEP_STATES", writes.states())
+}
+
+/// What both passes are compiled with.
+pub(crate) fn with_constants<T: Element>(unit: Unit, variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
+    // All of these are below 2^31: `new` has checked K and V.
+    unit.with_headers(HEADERS)
+        .with_min_blocks(config.min_blocks)
+        .with("Element", T::DTYPE)
+        .with("K", variant.k as i32)
+        .with("V", variant.v as i32)
+        .with("BV", config.bv as i32)
+        .with("KEY_AND_RATE", variant.transition == Transition::KeyAndRate)
+        .with("RAW_DECAY", variant.decay == Decay::Logit)
+        .with("STAGES", config.stages as i32)
+        .with("STATE_ROWS", config.state_rows as i32)
+        .with("PREP_GROUPS", config.prep_groups as i32)
+        .with("SCALE_WARPS", config.scale_warps as i32)
+        .with("LOAD_WARP", config.load_warp)
+}
+
+/// Twin of `fla::dplr::ChunkFwdParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct ChunkFwdParams<T> {
+    q: Ptr<T>,
+    k: Ptr<T>,
+    v: Ptr<T>,
+    a: Ptr<T>,
+    b: Ptr<T>,
+    g: Ptr<T>,
+    initial_state: Ptr<f32>,
+    cu_seqlens: Ptr<i64>,
+    chunk_offsets: Ptr<i64>,
+    o: PtrMut<T>,
+    final_state: PtrMut<f32>,
+    states: PtrMut<u16>,
+    n: i64,
+    t: i64,
+    h: i32,
+    scale: f32,
+}
+
+// SAFETY: `#[repr(C)]`, and the fields are listed in order.
+unsafe impl<T: Element> Params for ChunkFwdParams<T> {
+    const CUDA_TYPE: &'static str = "fla::dplr::ChunkFwdParams<Cfg::Element>";
+    const FIELDS: &'static [Field] = &[
+        Field::new("q", "const Cfg::Element*", offset_of!(Self, q)),
+        Field::new("k", "const Cfg::Element*", offset_of!(Self, k)),
+        Field::new("v", "const Cfg::Element*", offset_of!(Self, v)),
+        Field::new("a", "const Cfg::Element*", offset_of!(Self, a)),
+        Field::new("b", "const Cfg::Element*", offset_of!(Self, b)),
+        Field::new("g", "const Cfg::Element*", offset_of!(Self, g)),
+        Field::new("initial_state", "const float*", offset_of!(Self, initial_state)),
+        Field::new("cu_seqlens", "const fla::i64*", offset_of!(Self, cu_seqlens)),
+        Field::new("chunk_offsets", "const fla::i64*", offset_of!(Self, chunk_offsets)),
+        Field::new("o", "Cfg::Element*", offset_of!(Self, o)),
+        Field::new("final_state", "float*", offset_of!(Self, final_state)),
+        Field::new("states", "fla::u16*", offset_of!(Self, states)),
+        Field::new("n", "fla::i64", offset_of!(Self, n)),
+        Field::new("t", "fla::i64", offset_of!(Self, t)),
+        Field::new("h", "fla::i32", offset_of!(Self, h)),
+        Field::new("scale", "float", offset_of!(Self, scale)),
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Arch, ChunkVariant, Decay, Element, Transition, all_units, bf16, config, f16};
+    use crate::chunk_bwd;
+    use fla_core::compile::compile;
+    use fla_core::testing::nvrtc;
+
+    /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
+    fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
+        let smem_bytes = config::smem_bytes(Arch::SM_90);
+        let mut failures = Vec::new();
+        for (i, &(k, v)) in heads.iter().enumerate() {
+            // The forms differ by a product a row; each is met by some heads.
+            let transition = if i % 2 == 0 { Transition::General } else { Transition::KeyAndRate };
+            let decay = if i % 4 < 2 { Decay::Log } else { Decay::Logit };
+            let variant = ChunkVariant { dtype: T::DTYPE, k, v, transition, decay };
+            let mut units = vec![chunk_bwd::any_unit::<T>(&variant, smem_bytes)];
+            units.extend(all_units::<T>(&variant, smem_bytes));
+            failures.extend(
+                units.iter().filter_map(|unit| compile(unit, Arch::SM_90).err()).map(|e| e.to_string()),
+            );
+        }
+        failures
+    }
+
+    #[test]
+    fn no_shape_spills() {
+        if !nvrtc("chunk passes: no_shape_spills") {
+            return;
+        }
+        // Heads that end within a tile, within a slice of V, and at the limits.
+        const HEADS: &[(usize, usize)] = &[(1, 1), (33, 65), (60, 100), (64, 64), (128, 128), (255, 256)];
+        // With K above 176 the forward pass in two parts has too few registers, and the backward pass too little room.
+        const OF_TWO_PARTS: &[(usize, usize)] = &[(1, 1), (33, 65), (60, 100), (64, 64), (128, 128)];
+        let failures = std::thread::scope(|scope| {
+            let other = scope.spawn(|| failures::<f32>(OF_TWO_PARTS));
+            let mut all = failures::<bf16>(HEADS);
+            all.extend(failures::<f16>(&OF_TWO_PARTS[3..]));
+            all.extend(other.join().expect("does not panic"));
+            all
+        });
+        assert!(failures.is_empty(), "{} units\n{}", failures.len(), failures.join("\n"));
+    }
+}
