@@ -166,7 +166,7 @@ impl<T: Element> ChunkBwd<T> {
     pub fn new(device: &Device, shape: &Shape, options: &ChunkFwdOptions) -> Result<Self, Error> {
         shape.check(max_k::<T>(), MAX_V)?;
         let scale = options.checked_scale()?;
-        let variant = variant::<T>(shape, options);
+        let variant = variant::<T>(device.arch(), shape, options);
         let smem_bytes = device.smem_bytes() as usize;
         let (mut config, few_warps) = (variant.bwd(smem_bytes), variant.bwd_of_few_warps(smem_bytes));
         check_smem(device, shape, variant.bwd_smem_bytes(&config))?;
@@ -411,7 +411,7 @@ pub fn chunk_bwd<T: Element>(
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = config::smem_bytes(arch);
     let mut out = vec![unit_output::<f32>(), unit_output::<bf16>(), unit_output::<f16>()];
-    for variant in variants() {
+    for variant in variants(arch) {
         out.push(any_unit::<bf16>(&variant, smem_bytes));
         if is_plain(&variant) {
             out.push(any_unit::<f32>(&variant, smem_bytes));

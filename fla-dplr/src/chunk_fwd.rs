@@ -240,7 +240,7 @@ impl<T: Element> ChunkFwd<T> {
     ) -> Result<Self, Error> {
         shape.check(max_k::<T>(), MAX_V)?;
         let scale = options.checked_scale()?;
-        let variant = variant::<T>(shape, options);
+        let variant = variant::<T>(device.arch(), shape, options);
         let smem_bytes = device.smem_bytes() as usize;
         let (mut config, few_warps) = (variant.fwd(smem_bytes), variant.fwd_of_few_warps(smem_bytes));
         check_smem(device, shape, variant.fwd_smem_bytes(&config))?;
@@ -456,15 +456,16 @@ pub(crate) fn check_smem(device: &Device, shape: &Shape, needed: usize) -> Resul
 }
 
 /// What a plan's kernels are compiled for.
-pub(crate) fn variant<T: Element>(shape: &Shape, options: &ChunkFwdOptions) -> ChunkVariant {
+pub(crate) fn variant<T: Element>(arch: Arch, shape: &Shape, options: &ChunkFwdOptions) -> ChunkVariant {
     let ChunkFwdOptions { transition, decay, .. } = *options;
-    ChunkVariant { dtype: T::DTYPE, k: shape.k, v: shape.v, transition, decay }
+    ChunkVariant { arch, dtype: T::DTYPE, k: shape.k, v: shape.v, transition, decay }
 }
 
 /// Heads and forms that are compiled ahead.
-pub(crate) fn variants() -> impl Iterator<Item = ChunkVariant> {
+pub(crate) fn variants(arch: Arch) -> impl Iterator<Item = ChunkVariant> {
     let heads = [(64, 64), (128, 128), (256, 256), (60, 100), (33, 65)];
     let general = heads.map(|(k, v)| ChunkVariant {
+        arch,
         dtype: bf16::DTYPE,
         k,
         v,
@@ -489,7 +490,7 @@ pub(crate) fn is_plain(variant: &ChunkVariant) -> bool {
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = config::smem_bytes(arch);
     let mut out = Vec::new();
-    for variant in variants() {
+    for variant in variants(arch) {
         let [output, output_and_states, states] = all_units::<bf16>(&variant, smem_bytes);
         out.push(output_and_states);
         if (variant.k, variant.v) == (64, 64) {
@@ -598,7 +599,7 @@ mod tests {
             // The forms differ by a product a row; each is met by some heads.
             let transition = if i % 2 == 0 { Transition::General } else { Transition::KeyAndRate };
             let decay = if i % 4 < 2 { Decay::Log } else { Decay::Logit };
-            let variant = ChunkVariant { dtype: T::DTYPE, k, v, transition, decay };
+            let variant = ChunkVariant { arch: Arch::SM_90, dtype: T::DTYPE, k, v, transition, decay };
             let mut units = vec![chunk_bwd::any_unit::<T>(&variant, smem_bytes)];
             units.extend(all_units::<T>(&variant, smem_bytes));
             failures.extend(

@@ -190,6 +190,7 @@ pub(crate) const CHUNK: usize = 16;
 /// What the chunk kernels are compiled for: everything but the choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkVariant {
+    pub(crate) arch: Arch,
     pub(crate) dtype: DType,
     pub(crate) k: usize,
     pub(crate) v: usize,
@@ -303,8 +304,10 @@ impl ChunkVariant {
         let few_warps =
             ChunkConfig { bv: self.v.next_multiple_of(32).min(64), state_rows: 32, side_warps: 1, ..base };
         let config = match (self.parts(), self.k) {
-            // One slice of K for each warp.
-            (1, 49..=64) if self.transition == Transition::General && base.bv == 64 => {
+            // One slice of K for each warp, as far as registers are: other architectures spill four bytes.
+            (1, 49..=64)
+                if self.arch == Arch::SM_90 && self.transition == Transition::General && base.bv == 64 =>
+            {
                 ChunkConfig { side_warps: 4, ..base }
             }
             (1, ..=64) => base,
@@ -535,7 +538,7 @@ mod tests {
                     [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
                 {
                     let (transition, decay) = (Transition::General, Decay::Log);
-                    let variant = ChunkVariant { dtype, k, v, transition, decay };
+                    let variant = ChunkVariant { arch, dtype, k, v, transition, decay };
                     let smem_bytes = smem_bytes(arch);
                     let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
                     for (config, bytes, threads, barriers) in [
@@ -559,7 +562,7 @@ mod tests {
     fn saved_states_are_whole_tiles() {
         let variant = |dtype, k, v| {
             let (transition, decay) = (Transition::General, Decay::Log);
-            ChunkVariant { dtype, k, v, transition, decay }
+            ChunkVariant { arch: Arch::SM_90, dtype, k, v, transition, decay }
         };
         assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
         assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
