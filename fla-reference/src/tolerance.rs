@@ -459,7 +459,8 @@ const ROWS: &[Row] = &[
         classes: &[Class::GateGrad],
         limit: 7.5e-3,
     },
-    // f32 vectors are split into two bf16 for the tensor cores. Not measured yet: what the issue of these passes asks for.
+    // f32 vectors are split into two bf16 for the tensor cores, 16 significant bits. Seen on an H200, 2026-11-20: all cases
+    // of fla-dplr's and fla-rwkv7's tests stay under this.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
@@ -468,7 +469,7 @@ const ROWS: &[Row] = &[
         classes: &[Class::Output, Class::FinalState, Class::Grad, Class::GateGrad],
         limit: 1e-4,
     },
-    // f16 vectors are split alike, so the last step, which rounds to f16, is what is seen. Not measured yet: as token by token.
+    // f16 vectors are split alike, so the last step, which rounds to f16, is what is seen; the same cases stay under this.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7, Model::Dplr],
