@@ -162,6 +162,64 @@ __device__ Acc16 to_acc(const FragA<PARTS>& a) {
     return d;
 }
 
+// The transpose of a left operand as a right one: the lanes hold the same numbers.
+template <int PARTS>
+__device__ FragB<PARTS> to_b_transposed(const FragA<PARTS>& a) {
+    FragB<PARTS> b;
+    #pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) b.at[p][i % 2][i / 2] = a.at[p][i];
+    }
+    return b;
+}
+
+// And the way back.
+template <int PARTS>
+__device__ FragA<PARTS> to_a_transposed(const FragB<PARTS>& b) {
+    FragA<PARTS> a;
+    #pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) a.at[p][i] = b.at[p][i % 2][i / 2];
+    }
+    return a;
+}
+
+// The transpose of a left operand as another.
+template <int PARTS>
+__device__ FragA<PARTS> transposed(const FragA<PARTS>& a) {
+    FragA<PARTS> t;
+    #pragma unroll
+    for (int p = 0; p < PARTS; ++p) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) t.at[p][i] = movmatrix_trans(a.at[p][i % 2 * 2 + i / 2]);
+    }
+    return t;
+}
+
+// A result in shared memory, as the lanes hold it: from one warp to another.
+struct AccTile {
+    float4 halves[2][32];
+
+    __device__ void put(const Acc16& x) {
+        #pragma unroll
+        for (int n = 0; n < 2; ++n) halves[n][lane_id()] = {x.at[n][0], x.at[n][1], x.at[n][2], x.at[n][3]};
+    }
+    __device__ Acc16 get() const {
+        Acc16 x;
+        #pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float4 half = halves[n][lane_id()];
+            x.at[n][0] = half.x;
+            x.at[n][1] = half.y;
+            x.at[n][2] = half.z;
+            x.at[n][3] = half.w;
+        }
+        return x;
+    }
+};
+
 // s[row0 .. row0 + 16, col0 .. col0 + 16] = a, by the lanes as they hold it.
 template <int PARTS, int ROWS, int COLS>
 __device__ void store_a(BlockTile<PARTS, ROWS, COLS>& s, int row0, int col0, const FragA<PARTS>& a) {
@@ -359,6 +417,26 @@ __device__ FragA<PARTS> load_a(const TokenTile<T, COLS>& s, int col0) {
     }
 }
 
+// s[0 .. 16, col0 .. col0 + 16] as a right operand: the sum runs over tokens.
+template <int PARTS, class T, int COLS>
+__device__ FragB<PARTS> load_b(const TokenTile<T, COLS>& s, int col0) {
+    FragB<PARTS> b;
+    if constexpr (same<T, bf16> && PARTS == 1) {
+        u32 r[4];
+        ldmatrix_x4_trans(r, s.template row16<false>(col0));
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) b.at[0][i / 2][i % 2] = r[i];
+    } else {
+        for_pairs_down(s, col0, [&](int i, float2 x) {
+            u32 parts[PARTS];
+            split_pair<PARTS>(parts, x.x, x.y);
+            #pragma unroll
+            for (int p = 0; p < PARTS; ++p) b.at[p][i / 2][i % 2] = parts[p];
+        });
+    }
+    return b;
+}
+
 // The transpose of s[0 .. 16, col0 .. col0 + 16] as a right operand.
 template <int PARTS, class T, int COLS>
 __device__ FragB<PARTS> load_b_transposed(const TokenTile<T, COLS>& s, int col0) {
@@ -369,12 +447,7 @@ __device__ FragB<PARTS> load_b_transposed(const TokenTile<T, COLS>& s, int col0)
         #pragma unroll
         for (int i = 0; i < 4; ++i) b.at[0][i / 2][i % 2] = r[i];
     } else {
-        const FragA<PARTS> a = load_a<PARTS>(s, col0);
-        #pragma unroll
-        for (int p = 0; p < PARTS; ++p) {
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) b.at[p][i % 2][i / 2] = a.at[p][i];
-        }
+        b = to_b_transposed(load_a<PARTS>(s, col0));
     }
     return b;
 }

@@ -81,6 +81,13 @@ __device__ inline u32 min_bf16x2(u32 a, u32 b) {
     return y;
 }
 
+// The greater of two bf16 in each half.
+__device__ inline u32 max_bf16x2(u32 a, u32 b) {
+    u32 y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
 // Where an object lies in the block's shared memory, as PTX instructions take it.
 __device__ inline u32 shared_addr(const void* object) { return u32(__cvta_generic_to_shared(object)); }
 

@@ -59,6 +59,8 @@ pub const HEADERS: &[Source] = &[
     Source { name: "fla/core/wgmma.cuh", text: include_str!("../kernels/wgmma.cuh") },
     Source { name: "fla/core/tile.cuh", text: include_str!("../kernels/tile.cuh") },
     Source { name: "fla/core/blocks.cuh", text: include_str!("../kernels/blocks.cuh") },
+    Source { name: "fla/core/chunk.cuh", text: include_str!("../kernels/chunk.cuh") },
+    Source { name: "fla/core/decay.cuh", text: include_str!("../kernels/decay.cuh") },
     Source { name: "fla/core/scan.cuh", text: include_str!("../kernels/scan.cuh") },
     Source { name: "fla/core/states.cuh", text: include_str!("../kernels/states.cuh") },
     Source { name: "fla/core/recurrent.cuh", text: include_str!("../kernels/recurrent.cuh") },

@@ -26,10 +26,10 @@
 #pragma once
 #include <fla/core/barrier.cuh>
 #include <fla/core/blocks.cuh>
+#include <fla/core/chunk.cuh>
 #include <fla/core/copy.cuh>
 #include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
-#include <fla/core/tile.cuh>
 #include <fla/core/warp.cuh>
 #include <fla/dplr/chunk_prep.cuh>
 #include <fla/dplr/chunk_state.cuh>
@@ -135,35 +135,13 @@ struct ScoreGrads {
     BlockTile<D_PARTS, C, C> of[4];
 };
 
-// What one side hands to the other: a result of each lane.
-struct Handed {
-    float4 halves[2][32];
-
-    __device__ void put(const Acc16& x) {
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) halves[n][lane_id()] = {x.at[n][0], x.at[n][1], x.at[n][2], x.at[n][3]};
-    }
-    __device__ Acc16 get() const {
-        Acc16 x;
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            const float4 half = halves[n][lane_id()];
-            x.at[n][0] = half.x;
-            x.at[n][1] = half.y;
-            x.at[n][2] = half.z;
-            x.at[n][3] = half.w;
-        }
-        return x;
-    }
-};
-
 template <class Cfg>
 struct ChunkBwdShared {
     ChunkBwdStage<Cfg> stages[Cfg::STAGES];
     ChunkPrep<Cfg> prep;
     ScoreGrads d_scores[2];  // by turns
-    Handed chunk[KP<Cfg> / 16], state[KP<Cfg> / 16];  // of `ReadGrads`, for each slice
-    Handed da[Cfg::KEY_AND_RATE ? KP<Cfg> / 16 : 1];
+    AccTile chunk[KP<Cfg> / 16], state[KP<Cfg> / 16];  // of `ReadGrads`, for each slice
+    AccTile da[Cfg::KEY_AND_RATE ? KP<Cfg> / 16 : 1];
 };
 
 // Where sums over tokens run in a transposed result: row r of a lane, channel g + 8 r, has tokens 2 t, 2 t + 1, and 8 more.
@@ -242,13 +220,7 @@ __device__ inline void diagonal(float (&y)[2], const Acc16& d) {
 // The log decays of `sum_decays` transposed.
 template <int P>
 __device__ Decays sum_decays_transposed(const DecaySums& s, const FragB<P>& g, int mode) {
-    // A right operand's registers are a left operand's of the transpose.
-    FragA<P> g_t;
-    #pragma unroll
-    for (int p = 0; p < P; ++p) {
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) g_t.at[p][i % 2 + i / 2 * 2] = g.at[p][i % 2][i / 2];
-    }
+    const FragA<P> g_t = to_a_transposed(g);
     Decays d;
     zero(d.incl);
     zero(d.excl);

@@ -19,7 +19,6 @@
 #include <fla/core/copy.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/states.cuh>
-#include <fla/core/tile.cuh>
 #include <fla/core/warp.cuh>
 #include <fla/dplr/chunk_prep.cuh>
 #include <fla/dplr/chunk_state.cuh>

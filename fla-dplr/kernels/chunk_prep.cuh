@@ -18,7 +18,9 @@
 #pragma once
 #include <fla/core/barrier.cuh>
 #include <fla/core/blocks.cuh>
+#include <fla/core/chunk.cuh>
 #include <fla/core/copy.cuh>
+#include <fla/core/decay.cuh>
 #include <fla/core/math.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/tile.cuh>
@@ -27,11 +29,7 @@
 
 namespace fla::dplr {
 
-inline constexpr int C = 16;  // tokens of a chunk
-
-// Decays, in nats, up to which one reference will do. Factors e^SPAN, times anything, are far inside of f32; and of pairs
-// that cancel in the gradient of a decay, rounding of f32 is left, which is to be small beside e^-STEP.
-inline constexpr float SPAN = 48.0f, STEP = 8.0f;
+inline constexpr int C = CHUNK;  // tokens of a chunk
 
 // RWKV-7's bound on the log decay: w = -e^{-1/2} sigmoid(raw).
 inline constexpr float RAW_DECAY_SCALE = -0.60653065971263342f;
@@ -73,15 +71,6 @@ __device__ void for_slices(int i_warp, F f) {
     }
 }
 
-// Chunks of a sequence.
-struct Chunks {
-    int count;
-    int last_rows;  // tokens of the last
-
-    __device__ explicit Chunks(i64 len) : count((len + C - 1) / C), last_rows(len - i64(count - 1) * C) {}
-    __device__ int rows(int i_chunk) const { return i_chunk + 1 == count ? last_rows : C; }
-};
-
 // The tokens of a chunk as they come, and what prep makes of them.
 template <class Cfg>
 struct ChunkStage {
@@ -103,18 +92,6 @@ struct ChunkStage {
     }
 };
 
-// The references that log decays are summed up from. LEVEL + i is for pairs in the halves of blocks of 16 >> i tokens.
-enum Mode { CENTRED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
-
-// Whether the pair of a reading and a writing token belongs to a mode. Of a pair of one token, a reads nothing.
-__device__ inline bool is_pair(int mode, int reads, int writes, bool is_q) {
-    if (mode == CENTRED) return reads > writes || (is_q && reads == writes);
-    if (mode == DIAGONAL) return is_q && reads == writes;
-    // The highest bit in which the tokens differ says where they part.
-    const int half = C / 2 >> (mode - LEVEL), differ = reads ^ writes;
-    return reads > writes && differ >= half && differ < 2 * half;
-}
-
 // Which log decays a token sums up, as matrices of -1, 0 and 1.
 struct DecaySums {
     BlockTile<1, C, C> incl[MODES];  // from the reference to after the token
@@ -123,25 +100,10 @@ struct DecaySums {
     BlockTile<1, C, C> pairs[MODES - LEVEL];  // `is_pair` of q as bits, all or none
 
     __device__ void init(int mode, int row, int col) {
-        int after = col <= row, before = col < row, rest = col > row;
-        if (mode == CENTRED) {
-            const int to_reference = col < C / 2;
-            after -= to_reference;
-            before -= to_reference;
-            rest = -after;
-        } else if (mode == DIAGONAL) {
-            after = before = rest = 0;
-        } else if (mode != EXACT) {
-            // The reference is before the upper half.
-            const int half = C / 2 >> (mode - LEVEL);
-            const bool same_half = (row ^ col) < half, upper = (row & half) != 0;
-            after &= same_half && upper;
-            before &= same_half && upper;
-            rest &= same_half && !upper;
-        }
-        incl[mode].set(row, col, after);
-        excl[mode].set(row, col, before);
-        back[mode].set(row, col, rest);
+        const DecaySigns signs(mode, row, col);
+        incl[mode].set(row, col, signs.incl);
+        excl[mode].set(row, col, signs.excl);
+        back[mode].set(row, col, signs.back);
         if (mode >= LEVEL) pairs[mode - LEVEL].set_bits(row, col, is_pair(mode, row, col, true) ? 0xffff : 0);
     }
 };
@@ -175,36 +137,21 @@ inline constexpr int DECAY_PARTS =
 template <class Cfg, class Tile>
 __device__ FragB<DECAY_PARTS<Cfg>> load_decay(const Tile& g, int col0, int rows) {
     constexpr int P = DECAY_PARTS<Cfg>;
-    FragB<P> b;
-    if constexpr (P == 1) {
-        u32 r[4];
-        ldmatrix_x4_trans(r, g.template row16<false>(col0));
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) b.at[0][i / 2][i % 2] = r[i];
-        return b;
-    }
-    for_pairs_down(g, col0, [&](int i, float2 x) {
-        if constexpr (Cfg::RAW_DECAY) {
+    if constexpr (!Cfg::RAW_DECAY) {
+        return load_b<P>(g, col0);
+    } else {
+        FragB<P> b;
+        for_pairs_down(g, col0, [&](int i, float2 x) {
             const int row = lane_id() % 4 * 2 + i % 2 * 8;
             x.x = row < rows ? RAW_DECAY_SCALE * sigmoid_approx(x.x) : 0.0f;
             x.y = row + 1 < rows ? RAW_DECAY_SCALE * sigmoid_approx(x.y) : 0.0f;
-        }
-        u32 parts[P];
-        split_pair<P>(parts, x.x, x.y);
-        #pragma unroll
-        for (int p = 0; p < P; ++p) b.at[p][i / 2][i % 2] = parts[p];
-    });
-    return b;
-}
-
-// Whether a token decays by more than e^-STEP.
-template <int P>
-__device__ bool has_step(const FragB<P>& g) {
-    // Of parts, the first is the number to 8 bits.
-    const u32(&x)[2][2] = g.at[0];
-    const u32 least = min_bf16x2(min_bf16x2(x[0][0], x[0][1]), min_bf16x2(x[1][0], x[1][1]));
-    const float2 both = unpack2<bf16>(least);
-    return min(both.x, both.y) < -STEP;
+            u32 parts[P];
+            split_pair<P>(parts, x.x, x.y);
+            #pragma unroll
+            for (int p = 0; p < P; ++p) b.at[p][i / 2][i % 2] = parts[p];
+        });
+        return b;
+    }
 }
 
 // Log decays of a slice, as `DecaySums` has them.
@@ -282,31 +229,6 @@ __device__ Acc16 dot_rows(const BlockTile<P, C, COLS>& a, const BlockTile<P, C, 
     #pragma unroll
     for (int k = 0; k < COLS; k += 16) mma(k / 16 % 2 == 0 ? d : other, load_a(a, 0, k), load_b_transposed(b, 0, k));
     return d + other;
-}
-
-// Copies a tile of `rows` tokens; the rows after them become zeros. `src` is the first token's first column.
-template <int COLS, int THREADS, class T, int TILE_COLS>
-__device__ void load_tokens(
-    TokenTile<T, TILE_COLS>& s, const T* src, i32 stride, int rows, int cols, int i_thread
-) {
-    constexpr int PIECE = 16 / sizeof(T);
-    if constexpr (COLS % PIECE == 0) {
-        constexpr int PIECES = TILE_COLS / PIECE;
-        #pragma unroll
-        for (int first = 0; first < C * PIECES; first += THREADS) {
-            const int i = first + i_thread;
-            if (C * PIECES % THREADS != 0 && i >= C * PIECES) break;
-            const int row = i / PIECES, col = i % PIECES * PIECE;
-            const bool inside = row < rows && (TILE_COLS == COLS || col < cols);
-            cp_async_cg_16(&s.at(row, col), src + (inside ? row * stride + col : 0), inside ? 16 : 0);
-        }
-    } else {
-        // Rows begin anywhere.
-        for (int i = i_thread; i < C * TILE_COLS; i += THREADS) {
-            const int row = i / TILE_COLS, col = i % TILE_COLS;
-            s.at(row, col) = row < rows && col < cols ? src[row * stride + col] : from_f32<T>(0.0f);
-        }
-    }
 }
 
 // Copies what every chunk pass reads of K channels. A loop, as instructions are what there is too much of.

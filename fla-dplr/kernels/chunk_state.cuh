@@ -2,8 +2,8 @@
 // value channels by all key channels.
 #pragma once
 #include <fla/core/blocks.cuh>
+#include <fla/core/chunk.cuh>
 #include <fla/core/copy.cuh>
-#include <fla/core/mma.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/states.cuh>
 #include <fla/core/warp.cuh>
@@ -78,24 +78,6 @@ __device__ void for_state(StateRows<Cfg>& r, int v0, F f) {
                 if (i_v < Cfg::V && i_k < Cfg::K) f(i64(i_k) * Cfg::V + i_v, x);
             });
         }
-    }
-}
-
-// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose.
-template <int CHANNELS, class Element>
-__device__ void store_transposed(Element* dst, i32 stride, Acc16& d, int col0, int rows) {
-    if constexpr (sizeof(Element) == 2 && CHANNELS % 2 == 0) {
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            // Block i % 2 of channels and i / 2 of tokens; a lane gets two channels of one token.
-            const u32 pair = movmatrix_trans(pack2<Element>(d.at[i / 2][i % 2 * 2], d.at[i / 2][i % 2 * 2 + 1]));
-            const int row = i / 2 * 8 + lane_id() / 4, col = col0 + i % 2 * 8 + lane_id() % 4 * 2;
-            if (row < rows && col < CHANNELS) *reinterpret_cast<u32*>(dst + row * stride + col) = pair;
-        }
-    } else {
-        for_each(d, [&](int channel, int row, float& x) {
-            if (row < rows && col0 + channel < CHANNELS) dst[row * stride + col0 + channel] = from_f32<Element>(x);
-        });
     }
 }
 
