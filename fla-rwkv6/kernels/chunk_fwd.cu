@@ -283,7 +283,13 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             o_chunk += CHUNK * i64(stride_v);
         }
         if constexpr (Cfg::KEEP_STATES) image += p.h * IMAGE_WORDS<Cfg>;
-        if (i + 1 < count) prepare_chunk(i + 1);
+        if (i + 1 < count) {
+            if constexpr (STAGES == 2) {
+                cp_async_wait_group<0>();
+                __syncthreads();  // tokens of the next chunk are there
+            }
+            prepare_chunk(i + 1);
+        }
     }
 
     if constexpr (Cfg::LOCAL) {

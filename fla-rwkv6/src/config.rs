@@ -146,6 +146,296 @@ fn largest_divisor(n: usize, max: usize) -> usize {
     (0..=max.ilog2()).map(|i| max >> i).find(|divisor| n.is_multiple_of(*divisor)).unwrap_or(1)
 }
 
+/// Tokens of a chunk: one tile of the tensor cores.
+pub(crate) const CHUNK: usize = 16;
+
+/// What the chunk kernels are compiled for: everything but the choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkVariant {
+    pub(crate) arch: Arch,
+    pub(crate) dtype: DType,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+}
+
+/// Constants of a chunk kernel that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkConfig {
+    /// Value channels of a block, a multiple of 16: slices of V, whose columns of the state do not meet.
+    pub(crate) bv: usize,
+    /// Chunks in shared memory or under way to it, at least 2.
+    pub(crate) stages: usize,
+    /// Blocks that a multiprocessor has to have registers for.
+    pub(crate) min_blocks: u32,
+}
+
+/// What a forward kernel writes, beside the final state; `Segments` is for what segments of sequences do to a state that is
+/// zero, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChunkFwdWrites {
+    Output,
+    OutputAndStates,
+    States,
+    Segments,
+}
+
+impl ChunkFwdWrites {
+    pub(crate) const ALL: [Self; 4] = [Self::Output, Self::OutputAndStates, Self::States, Self::Segments];
+
+    pub(crate) const fn output(self) -> bool {
+        matches!(self, Self::Output | Self::OutputAndStates)
+    }
+
+    pub(crate) const fn states(self) -> bool {
+        matches!(self, Self::States | Self::OutputAndStates)
+    }
+}
+
+impl ChunkVariant {
+    /// Images in bf16 that make an operand of the tensor cores: of other types the sum of two, which is nearer than one.
+    pub(crate) fn parts(&self) -> usize {
+        if self.dtype == DType::Bf16 { 1 } else { 2 }
+    }
+
+    /// K and V as tiles cover them.
+    fn covered(&self) -> (usize, usize) {
+        (self.k.next_multiple_of(16), self.v.next_multiple_of(16))
+    }
+
+    /// Numbers of a saved state.
+    pub(crate) fn saved_state_len(&self) -> usize {
+        self.parts() * self.local_state_len()
+    }
+
+    /// Numbers of a state that a segment leaves.
+    pub(crate) fn local_state_len(&self) -> usize {
+        let (k, v) = self.covered();
+        k * v
+    }
+
+    /// Numbers of its decay.
+    pub(crate) fn local_decay_len(&self) -> usize {
+        self.covered().0
+    }
+
+    /// Blocks that share V.
+    pub(crate) fn slices(&self, config: &ChunkConfig) -> usize {
+        self.v.div_ceil(config.bv)
+    }
+
+    /// The fewest slices of V that have at most `max` channels each, alike.
+    fn bv(&self, max: usize) -> usize {
+        self.v.div_ceil(self.v.div_ceil(max)).next_multiple_of(16)
+    }
+
+    /// The choice for a forward pass: a warp for every 16 value channels, which holds K / 2 registers of state in each lane.
+    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkConfig {
+        let bv = self.bv(128);
+        let is_small = self.parts() == 1 && self.k <= 64 && bv <= 64;
+        // 16 warps of a multiprocessor leave 128 registers to a lane, and 8 leave all that it can have.
+        let min_blocks = if is_small && self.arch == Arch::SM_90 { 4 } else { spare_blocks(bv / 16) };
+        self.fitted(ChunkConfig { bv, stages: 3, min_blocks }, smem_bytes, Self::fwd_smem_bytes)
+    }
+
+    /// The choice for a backward pass: a warp for every 16 key channels, which holds BV / 2 registers of gradients of the
+    /// state in each lane, and BV / 4 or BV / 2 of the state. Slices of V cost sums in device memory.
+    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkConfig {
+        let bv = self.bv(match (self.parts(), self.k) {
+            (1, ..=128) => 128,
+            (2, ..=64) => 32,
+            (1, _) | (2, ..=128) => 64,
+            _ => 32,
+        });
+        let min_blocks = spare_blocks(self.covered().0 / 16);
+        self.fitted(ChunkConfig { bv, stages: 3, min_blocks }, smem_bytes, Self::bwd_smem_bytes)
+    }
+
+    /// The choice for a forward pass with the most registers for a lane, where another leaves too few: which heads that are,
+    /// only the assembler knows.
+    pub(crate) fn fwd_of_most_registers(&self, smem_bytes: usize) -> ChunkConfig {
+        ChunkConfig { min_blocks: 1, ..self.fwd(smem_bytes) }
+    }
+
+    /// The same for a backward pass: the fewest registers of state, too.
+    pub(crate) fn bwd_of_most_registers(&self, smem_bytes: usize) -> ChunkConfig {
+        let config = self.bwd(smem_bytes);
+        ChunkConfig { bv: config.bv.min(16), min_blocks: 1, ..config }
+    }
+
+    /// The same with fewer stages and then narrower slices, until its shared memory fits; if nothing does, the smallest.
+    fn fitted(
+        &self,
+        mut config: ChunkConfig,
+        smem_bytes: usize,
+        size: fn(&Self, &ChunkConfig) -> usize,
+    ) -> ChunkConfig {
+        while size(self, &config) > smem_bytes {
+            if config.stages > 2 {
+                config.stages -= 1;
+            } else if config.bv > 16 {
+                config.bv = (config.bv / 2).next_multiple_of(16);
+            } else {
+                break;
+            }
+        }
+        config
+    }
+
+    /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
+    pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+        let (k, _) = self.covered();
+        let stage = Layout::default()
+            .with_many(3, self.token_tile(k))
+            .with(self.token_tile(config.bv))
+            .finished();
+        let operands = Layout::default()
+            .with_many(2, block_tile(self.parts(), CHUNK, k))
+            .with_many(k / 16, ACC_TILE)
+            .with(channels(k))
+            .finished();
+        Layout::default()
+            .with_many(config.stages, stage)
+            .with_many(2, operands)
+            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .with_many(2, channels(k))
+            .finished()
+            .bytes
+    }
+
+    /// Size of the backward kernel's shared memory.
+    pub(crate) fn bwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+        let (k, _) = self.covered();
+        let stage = Layout::default()
+            .with_many(3, self.token_tile(k))
+            .with_many(2, self.token_tile(config.bv))
+            .finished();
+        Layout::default()
+            .with_many(config.stages, stage)
+            .with(block_tile(self.parts(), k, config.bv))
+            .with(block_tile(self.parts(), k, CHUNK))
+            .with_many(k / 16, ACC_TILE)
+            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .finished()
+            .bytes
+    }
+
+    /// `TokenTile`: 16 padded rows.
+    fn token_tile(&self, cols: usize) -> Layout {
+        let pad = if self.dtype == DType::F32 { (40 - cols % 32) % 32 } else { 8 };
+        Layout { bytes: CHUNK * (cols + pad) * self.dtype.bytes(), align: 16 }
+    }
+}
+
+/// Blocks of so many warps that a multiprocessor holds without taking a register from a lane.
+fn spare_blocks(warps: usize) -> u32 {
+    (8 / warps).max(1) as u32
+}
+
+/// Matrices that sum up log decays, `DecaySums`.
+const SUMS: usize = 8;
+
+/// `AccTile`: 16 by 16 numbers in f32.
+const ACC_TILE: Layout = Layout { bytes: CHUNK * CHUNK * 4, align: 16 };
+
+/// A number in f32 for each channel.
+const fn channels(count: usize) -> Layout {
+    Layout { bytes: count * 4, align: 16 }
+}
+
+/// `BlockTile`: blocks of 8 by 8 in bf16.
+const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
+    Layout { bytes: parts * rows * cols * 2, align: 128 }
+}
+
+/// Size and alignment of a struct of shared memory, member by member as the compiler lays it out.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    bytes: usize,
+    align: usize,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { bytes: 0, align: 1 }
+    }
+}
+
+impl Layout {
+    fn with(self, member: Self) -> Self {
+        let bytes = self.bytes.next_multiple_of(member.align) + member.bytes;
+        Self { bytes, align: self.align.max(member.align) }
+    }
+
+    fn with_many(self, count: usize, member: Self) -> Self {
+        (0..count).fold(self, |all, _| all.with(member))
+    }
+
+    fn finished(self) -> Self {
+        Self { bytes: self.bytes.next_multiple_of(self.align), ..self }
+    }
+}
+
+/// Shared memory that a block can ask for, for compiling without a device.
+pub(crate) const fn smem_bytes(arch: Arch) -> usize {
+    match (arch.major(), arch.minor()) {
+        (8, 0 | 7) => 163 << 10,
+        (8, _) | (12.., _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
+/// What a multiprocessor keeps for itself of the shared memory of each block.
+const RESERVED_SMEM_BYTES: usize = 1 << 10;
+
+/// Where long sequences are cut, so that few heads fill the GPU: segments of whole chunks, which blocks take side by side. The
+/// kernel then runs twice, first for what each segment does to a state.
+///
+/// Microseconds in bf16 on an H200:
+///
+/// | B, T, H, K = V | pass | whole | 4 segments | 8 | 16 |
+/// |---|---|---|---|---|---|
+/// | 1, 32768, 64, 64 | forward | 2480 | | 910 | 920 |
+/// | 1, 32768, 64, 64 | backward | 4500 | 1890 | 1880 | |
+/// | 8, 1024, 8, 64 | forward | 103 | | 71 | |
+/// | 8, 1024, 8, 64 | backward | 176 | 96 | 111 | |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segments {
+    /// Chunks of a segment, at least 1.
+    pub(crate) chunks: usize,
+    /// Segments of the longest sequence, at least 1.
+    pub(crate) count: usize,
+}
+
+impl Segments {
+    /// A segment has at least so many chunks: less is done before its state has been folded.
+    const MIN_CHUNKS: usize = 8;
+
+    /// A segment folds the states of all before it.
+    const MAX_COUNT: usize = 16;
+
+    /// The choice that fills `slots` blocks about once, for sequences of `chunks` chunks of which the longest has `longest`,
+    /// with `blocks` blocks for each of them.
+    pub(crate) fn new(chunks: usize, longest: usize, blocks: usize, slots: usize) -> Self {
+        // A share of all chunks is what a slot has to do in any case.
+        let wanted = longest.saturating_mul(slots) / chunks.saturating_mul(blocks).max(1);
+        let count = wanted.min(longest / Self::MIN_CHUNKS).clamp(1, Self::MAX_COUNT);
+        let chunks = longest.div_ceil(count).max(1);
+        Self { chunks, count: longest.div_ceil(chunks).max(1) }
+    }
+
+    /// Whether no sequence is cut.
+    pub(crate) const fn is_whole(&self) -> bool {
+        self.count == 1
+    }
+}
+
+/// Blocks that a GPU of `sm_count` multiprocessors holds, with so much shared memory for one block and so much that this one
+/// has.
+pub(crate) fn slots(config: &ChunkConfig, sm_count: u32, smem_bytes: usize, block_smem_bytes: usize) -> usize {
+    let of_smem = (smem_bytes + RESERVED_SMEM_BYTES) / (block_smem_bytes + RESERVED_SMEM_BYTES);
+    sm_count as usize * of_smem.clamp(1, config.min_blocks as usize)
+}
+
 #[cfg(test)]
 mod tests {
     use super::RecurrentFwdVariant;
