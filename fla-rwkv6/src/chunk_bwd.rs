@@ -418,8 +418,7 @@ fn check_aligned<T>(
     if let Some(state) = x.d_final_state {
         check_align("d_final_state", state.device_ptr(stream).0)?;
     }
-    for (name, tensor) in
-        [("dr", &mut *dx.dr), ("dk", &mut *dx.dk), ("dv", &mut *dx.dv), ("dw", &mut *dx.dw)]
+    for (name, tensor) in [("dr", &mut *dx.dr), ("dk", &mut *dx.dk), ("dv", &mut *dx.dv), ("dw", &mut *dx.dw)]
     {
         check_align(name, tensor.device_ptr_mut(stream).0)?;
     }

@@ -284,10 +284,8 @@ impl ChunkVariant {
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
         let (k, _) = self.covered();
-        let stage = Layout::default()
-            .with_many(3, self.token_tile(k))
-            .with(self.token_tile(config.bv))
-            .finished();
+        let stage =
+            Layout::default().with_many(3, self.token_tile(k)).with(self.token_tile(config.bv)).finished();
         let operands = Layout::default()
             .with_many(2, block_tile(self.parts(), CHUNK, k))
             .with_many(k / 16, ACC_TILE)
@@ -431,7 +429,12 @@ impl Segments {
 
 /// Blocks that a GPU of `sm_count` multiprocessors holds, with so much shared memory for one block and so much that this one
 /// has.
-pub(crate) fn slots(config: &ChunkConfig, sm_count: u32, smem_bytes: usize, block_smem_bytes: usize) -> usize {
+pub(crate) fn slots(
+    config: &ChunkConfig,
+    sm_count: u32,
+    smem_bytes: usize,
+    block_smem_bytes: usize,
+) -> usize {
     let of_smem = (smem_bytes + RESERVED_SMEM_BYTES) / (block_smem_bytes + RESERVED_SMEM_BYTES);
     sm_count as usize * of_smem.clamp(1, config.min_blocks as usize)
 }
