@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::chunk_fwd::{
     ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADS, LocalStates, SavedStates, check_shape,
-    check_smem, grid, u_len, variant, with_constants,
+    check_smem, grid, u_len, variant, with_constants, with_registers,
 };
 use crate::config::{self, ChunkConfig, ChunkVariant, Segments};
 
@@ -132,9 +132,9 @@ pub struct ChunkBwdResult<T> {
 /// are its transpose, chunk by chunk.
 #[derive(Debug)]
 pub struct ChunkBwd<T> {
-    kernel: Kernel<ChunkBwdParams<T>>,
-    /// What runs before it where sequences are cut into segments.
-    of_segments: Option<Kernel<ChunkBwdParams<T>>>,
+    /// In their order: what segments do to the gradient of a state, where sequences are cut into several, and the gradients.
+    /// Empty when there is no state.
+    launches: Vec<(Kernel<ChunkBwdParams<T>>, Grid)>,
     /// Adds up what sequences, segments and slices of V leave.
     output: Kernel<ChunkBwdOutputParams<T>>,
     /// Computes states once more; none when they are kept.
@@ -144,10 +144,9 @@ pub struct ChunkBwd<T> {
     segments: Segments,
     local: LocalStates,
     states_len: usize,
+    /// Blocks that share V where gradients are.
     slices: usize,
     scale: f32,
-    /// None when there is nothing to launch.
-    grid: Option<Grid>,
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -167,34 +166,29 @@ impl<T: Element> ChunkBwd<T> {
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape);
         let smem_bytes = device.smem_bytes() as usize;
-        let mut config = variant.bwd(smem_bytes);
-        check_smem(device, shape, variant.bwd_smem_bytes(&config))?;
-        let kernel = device.kernel(&unit::<T>(&variant, &config, Launch::Main)).or_else(|error| {
-            let most_registers = variant.bwd_of_most_registers(smem_bytes);
-            if !matches!(error, Error::Compile { .. }) || config == most_registers {
-                return Err(error);
-            }
-            tracing::warn!(%error, "rwkv6 chunk_bwd runs with narrower slices of V");
-            config = most_registers;
-            device.kernel(&unit::<T>(&variant, &config, Launch::Main))
-        })?;
-        let slices = variant.slices(&config);
-        let cut = ChunkCut::new(device, shape)?;
+        let config = variant.bwd(smem_bytes);
         let block_smem_bytes = variant.bwd_smem_bytes(&config);
+        check_smem(device, shape, block_smem_bytes)?;
+        let cut = ChunkCut::new(device, shape)?;
         let slots = config::slots(&config, device.sm_count(), smem_bytes, block_smem_bytes);
-        let segments = cut.segments(shape, slices, slots);
+        let segments = cut.segments(shape, variant.slices(&config), slots);
         tracing::debug!(?variant, ?config, ?segments, "rwkv6 chunk_bwd");
-        let of_segments = || device.kernel(&unit::<T>(&variant, &config, Launch::Segments));
+        let (mut launches, mut slices) = (Vec::new(), 1);
+        for launch in (!segments.is_whole()).then_some(Launch::Segments).into_iter().chain([Launch::Main]) {
+            let kernel = |config: &ChunkConfig| device.kernel(&unit::<T>(&variant, config, launch));
+            let (kernel, config) = with_registers(&config, kernel)?;
+            slices = variant.slices(&config);
+            let grid = grid(shape, slices.saturating_mul(segments.count))?;
+            launches.extend(grid.map(|grid| (kernel, grid)));
+        }
         let recompute = match options.saved_states {
             SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options)?),
             SavedStates::Kept => None,
         };
         Ok(Self {
-            kernel,
-            of_segments: (!segments.is_whole()).then(of_segments).transpose()?,
+            launches,
             output: device.kernel(&unit_output::<T>(slices > 1))?,
             recompute,
-            grid: grid(shape, slices.saturating_mul(segments.count))?,
             local: LocalStates::new(shape, &variant, &segments),
             states_len: cut.states_len(shape, &variant),
             shape: shape.clone(),
@@ -285,10 +279,8 @@ impl<T: Element> ChunkBwd<T> {
             forward.run_states(stream, &forward_inputs(x), &mut recomputed, &mut of_forward)?;
         }
         let x = ChunkBwdInputs { states: Some(x.states.unwrap_or(&recomputed)), ..*x };
-        if let Some(grid) = self.grid {
-            for kernel in self.of_segments.iter().chain([&self.kernel]) {
-                self.launch(stream, (kernel, grid), (&x, dx), &mut parts)?;
-            }
+        for (kernel, grid) in &self.launches {
+            self.launch(stream, (kernel, *grid), (&x, dx), &mut parts)?;
         }
         self.launch_output(stream, dx, &parts)
     }

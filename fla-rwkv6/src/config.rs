@@ -169,6 +169,18 @@ pub(crate) struct ChunkConfig {
     pub(crate) min_blocks: u32,
 }
 
+impl ChunkConfig {
+    /// A choice that leaves more registers to a lane, for heads for which this one leaves too few: which these are, only the
+    /// assembler knows. None when there is no other.
+    pub(crate) fn with_more_registers(self) -> Option<Self> {
+        match (self.min_blocks, self.bv) {
+            (1, ..=16) => None,
+            (1, bv) => Some(Self { bv: (bv / 2).next_multiple_of(16), ..self }),
+            _ => Some(Self { min_blocks: 1, ..self }),
+        }
+    }
+}
+
 /// What a forward kernel writes, beside the final state; `Segments` is for what segments of sequences do to a state that is
 /// zero, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,25 +253,12 @@ impl ChunkVariant {
     /// state in each lane, and BV / 4 or BV / 2 of the state. Slices of V cost sums in device memory.
     pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkConfig {
         let bv = self.bv(match (self.parts(), self.k) {
-            (1, ..=128) => 128,
+            (1, 33..) => 128,
             (2, ..=64) => 32,
-            (1, _) | (2, ..=128) => 64,
-            _ => 32,
+            _ => 64,
         });
         let min_blocks = spare_blocks(self.covered().0 / 16);
         self.fitted(ChunkConfig { bv, stages: 3, min_blocks }, smem_bytes, Self::bwd_smem_bytes)
-    }
-
-    /// The choice for a forward pass with the most registers for a lane, where another leaves too few: which heads that are,
-    /// only the assembler knows.
-    pub(crate) fn fwd_of_most_registers(&self, smem_bytes: usize) -> ChunkConfig {
-        ChunkConfig { min_blocks: 1, ..self.fwd(smem_bytes) }
-    }
-
-    /// The same for a backward pass: the fewest registers of state, too.
-    pub(crate) fn bwd_of_most_registers(&self, smem_bytes: usize) -> ChunkConfig {
-        let config = self.bwd(smem_bytes);
-        ChunkConfig { bv: config.bv.min(16), min_blocks: 1, ..config }
     }
 
     /// The same with fewer stages and then narrower slices, until its shared memory fits; if nothing does, the smallest.
@@ -441,7 +440,7 @@ pub(crate) fn slots(
 
 #[cfg(test)]
 mod tests {
-    use super::RecurrentFwdVariant;
+    use super::{ChunkConfig, ChunkVariant, RecurrentFwdVariant, Segments, slots, smem_bytes};
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -473,5 +472,86 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn chunk_choices_cover_every_head_and_fit_a_block() {
+        // The largest K for which everything fits, in one part and in two.
+        for (arch, max_k) in [
+            (Arch::SM_80, [128, 128]),
+            (Arch::new(8, 9), [128, 64]),
+            (Arch::SM_90, [128, 128]),
+            (Arch::new(12, 0), [128, 64]),
+        ] {
+            for (k, v) in (1..=128).flat_map(|d| [(d, d), (d, 64), (64, d), (128, d), (d, 256)]) {
+                for (dtype, max_k) in
+                    [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
+                {
+                    let variant = ChunkVariant { arch, dtype, k, v };
+                    let smem_bytes = smem_bytes(arch);
+                    let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
+                    for (config, bytes) in
+                        [(fwd, variant.fwd_smem_bytes(&fwd)), (bwd, variant.bwd_smem_bytes(&bwd))]
+                    {
+                        let what = || format!("{arch} {variant:?} {config:?}: {bytes} bytes");
+                        assert!(k > max_k || bytes <= smem_bytes, "{}", what());
+                        assert!(config.bv.is_multiple_of(16) && config.bv <= 128, "{}", what());
+                        assert!(config.stages >= 2 && config.min_blocks >= 1, "{}", what());
+                        let slices = variant.slices(&config);
+                        assert!(slices * config.bv >= v && (slices - 1) * config.bv < v, "{}", what());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_choice_ends_with_the_most_registers() {
+        let mut config = ChunkConfig { bv: 112, stages: 3, min_blocks: 4 };
+        let mut seen = Vec::new();
+        while let Some(next) = config.with_more_registers() {
+            config = next;
+            seen.push((config.bv, config.min_blocks));
+        }
+        assert_eq!(seen, [(112, 1), (64, 1), (32, 1), (16, 1)]);
+    }
+
+    #[test]
+    fn few_heads_are_cut_into_segments() {
+        // Chunks of 16 tokens of dense sequences; blocks of a forward pass of 64 by 64 on an H200.
+        let count = |b: usize, t: usize, h: usize, slots: usize| {
+            let longest = t.div_ceil(16);
+            let segments = Segments::new(b * longest, longest, h, slots);
+            assert!(segments.chunks * segments.count >= longest, "{segments:?}");
+            assert!((segments.count - 1) * segments.chunks < longest.max(1), "{segments:?}");
+            segments.count
+        };
+        let (fwd, bwd) = (4 * 132, 2 * 132);
+        assert_eq!([fwd, bwd].map(|slots| count(8, 4096, 64, slots)), [1, 1]);
+        assert_eq!([fwd, bwd].map(|slots| count(1, 32768, 64, slots)), [8, 4]);
+        assert_eq!([fwd, bwd].map(|slots| count(8, 1024, 8, slots)), [8, 4]);
+        // Never many, and never short.
+        assert_eq!(count(1, 1 << 20, 1, fwd), 16);
+        assert_eq!([0, 1, 255, 256, 300].map(|t| count(1, t, 1, fwd)), [1, 1, 2, 2, 2]);
+        assert_eq!([0, 1, 240].map(|t| count(1, t, 1, fwd)), [1, 1, 1]);
+        assert_eq!(Segments::new(0, 0, 3, fwd), Segments { chunks: 1, count: 1 });
+        // One long sequence among short ones is cut: they leave the slots idle soon.
+        assert_eq!(Segments::new(2000 + 100, 2000, 8, fwd).count, 16);
+    }
+
+    #[test]
+    fn slots_are_what_registers_and_shared_memory_hold() {
+        let config = ChunkConfig { bv: 64, stages: 3, min_blocks: 4 };
+        assert_eq!(slots(&config, 132, 227 << 10, 49152), 4 * 132);
+        assert_eq!(slots(&config, 132, 99 << 10, 49152), 2 * 132);
+        assert_eq!(slots(&config, 132, 227 << 10, 227 << 10), 132);
+    }
+
+    #[test]
+    fn saved_states_are_whole_tiles() {
+        let variant = |dtype, k, v| ChunkVariant { arch: Arch::SM_90, dtype, k, v };
+        assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
+        assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
+        assert_eq!(variant(DType::F32, 64, 64).local_state_len(), 64 * 64);
     }
 }

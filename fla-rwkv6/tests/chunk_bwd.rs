@@ -15,7 +15,7 @@ use fla_rwkv6::{
 };
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, Judge, Problem, any_case, compile_ahead, regimes, to_device, widened,
+    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -117,9 +117,23 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
 }
 
 fn check_all_dtypes(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> Result<(), String> {
+    if case.k > MAX_K {
+        return refused(device, case);
+    }
     check::<bf16>(device, stream, case).map_err(|error| format!("bf16: {error}"))?;
     check::<f32>(device, stream, case).map_err(|error| format!("f32: {error}"))?;
     check::<f16>(device, stream, case).map_err(|error| format!("f16: {error}"))
+}
+
+/// A head that is too wide is named.
+fn refused(device: &Device, case: &Case) -> Result<(), String> {
+    let plan = ChunkBwd::<bf16>::new(device, &case.shape(), &case.options(SavedStates::Recomputed));
+    let wanted = format!("K must be from 1 to {MAX_K}, but is {}", case.k);
+    match plan {
+        Err(error) if error.to_string() == wanted => Ok(()),
+        Err(error) => Err(format!("wanted an error about K, got: {error}")),
+        Ok(_) => Err("wanted an error about K, got a plan".into()),
+    }
 }
 
 #[test]

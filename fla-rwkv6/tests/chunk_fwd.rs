@@ -12,7 +12,7 @@ use fla_reference::tolerance::{Class, Pass};
 use fla_rwkv6::{ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, SavedStates, chunk_fwd};
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, Judge, Problem, any_case, compile_ahead, regimes, to_device, widened,
+    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -85,9 +85,23 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
 }
 
 fn check_all_dtypes(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> Result<(), String> {
+    if case.k > MAX_K {
+        return refused(device, case);
+    }
     check::<bf16>(device, stream, case).map_err(|error| format!("bf16: {error}"))?;
     check::<f32>(device, stream, case).map_err(|error| format!("f32: {error}"))?;
     check::<f16>(device, stream, case).map_err(|error| format!("f16: {error}"))
+}
+
+/// A head that is too wide is named.
+fn refused(device: &Device, case: &Case) -> Result<(), String> {
+    let plan = ChunkFwd::<bf16>::new(device, &case.shape(), &case.options(SavedStates::Recomputed));
+    let wanted = format!("K must be from 1 to {MAX_K}, but is {}", case.k);
+    match plan {
+        Err(error) if error.to_string() == wanted => Ok(()),
+        Err(error) => Err(format!("wanted an error about K, got: {error}")),
+        Ok(_) => Err("wanted an error about K, got a plan".into()),
+    }
 }
 
 #[test]
@@ -289,8 +303,8 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     assert!(o.read().iter().all(|x| x.is_nan()));
 
     for (shape, options, text) in [
-        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 0"),
-        (Shape { k: 257, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 257"),
+        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 0"),
+        (Shape { k: 257, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 257"),
         (Shape { v: 257, ..shape.clone() }, options.clone(), "V must be from 1 to 256, but is 257"),
         (Shape { h: 0, ..shape.clone() }, options.clone(), "H must be from 1 to 2147483647, but is 0"),
         (

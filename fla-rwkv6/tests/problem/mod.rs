@@ -71,6 +71,9 @@ const NO_STATES: Case = Case { initial_state: false, final_state: false, ..BASE 
 /// One head, whose sequences are cut into segments.
 const LONG: Case = Case { b: 1, t: 1024, h: 1, ..BASE };
 
+/// The widest K.
+pub(crate) const MAX_K: usize = 128;
+
 /// Lengths around chunks and segments; packed sequences; heads around tiles and slices; every regime is a case of its own.
 pub(crate) const CASES: &[Case] = &[
     Case { name: "one token", t: 1, ..BASE },
@@ -117,15 +120,16 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "K = 64, V = 128", k: 64, v: 128, ..BASE },
     Case { name: "K = 128, V = 64", k: 128, v: 64, ..BASE },
     Case { name: "K = V = 128", k: 128, v: 128, t: 50, ..BASE },
-    Case { name: "K = V = 256", b: 1, h: 2, k: 256, v: 256, ..BASE },
-    Case { name: "K = 256, V = 16", k: 256, v: 16, ..BASE },
+    Case { name: "K = 128, V = 256", b: 1, h: 2, k: 128, v: 256, ..BASE },
+    Case { name: "K = 128, V = 16", k: 128, v: 16, ..BASE },
+    Case { name: "K = V = 256: too wide", k: 256, v: 256, ..BASE },
     Case { name: "K = 16, V = 256", k: 16, v: 256, ..BASE },
     Case { name: "K = V = 16", k: 16, v: 16, ..BASE },
     Case { name: "K = 60, V = 100", k: 60, v: 100, t: 40, ..BASE },
     Case { name: "K = 100, V = 60", k: 100, v: 60, ..BASE },
     Case { name: "K = 33, V = 65: rows that no vector access fits", k: 33, v: 65, ..BASE },
-    Case { name: "K = 132, V = 17", k: 132, v: 17, ..BASE },
-    Case { name: "K = 250, V = 150", b: 1, h: 2, k: 250, v: 150, ..BASE },
+    Case { name: "K = 113, V = 17", k: 113, v: 17, ..BASE },
+    Case { name: "K = 120, V = 150", b: 1, h: 2, k: 120, v: 150, ..BASE },
     Case { name: "K = V = 7", k: 7, v: 7, ..BASE },
     Case { name: "K = 8, V = 1", k: 8, v: 1, ..BASE },
     Case { name: "scale 1, 300 tokens", t: 300, scale: 1.0, ..BASE },
