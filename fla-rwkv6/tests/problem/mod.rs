@@ -207,7 +207,7 @@ impl Problem {
             Decays::Of(gates) => rng.gates::<f64>(k_len, gates),
             Decays::Infinite => {
                 let mut w = rng.gates::<f64>(k_len, Gates::LogSigmoid);
-                w.iter_mut().filter(|_| rng.bits() % 8 == 0).for_each(|w| *w = f64::NEG_INFINITY);
+                w.iter_mut().filter(|_| rng.bits().is_multiple_of(8)).for_each(|w| *w = f64::NEG_INFINITY);
                 w
             }
         };
