@@ -6,8 +6,8 @@
 //   end      = e^{sum of w over the chunk}                                                                               (2)
 //   pairs    A_ij = scale sum_k r_i k_j e^{sum of w between j and i}    j < i        A_ii = scale sum_k r_i u k_i       (3)
 //
-// Factors of (1) and (2) are never above 1. That of (3) is split in two at the middle of the chunk where all decays are
-// moderate, and otherwise level by level, as `fla/core/decay.cuh` says: a warp does so for its own 16 channels.
+// Factors of (1) and (2) are never above 1. That of (3) is reads_i times writes_j / end where no channel of a warp's 16 decays
+// by more than e^-PAIR_SPAN in the chunk; otherwise pairs are taken level by level, as `fla/core/decay.cuh` says.
 #pragma once
 #include <fla/core/blocks.cuh>
 #include <fla/core/chunk.cuh>
@@ -27,9 +27,9 @@ inline constexpr int PARTS = OPERAND_PARTS<typename Cfg::Element>;
 template <class Cfg>
 inline constexpr int DECAY_PARTS = same<typename Cfg::Element, float> ? 3 : PARTS<Cfg>;
 
-// Parts of the operands of pairs: these products are few, and what is rounded before them is all the error that there is
-// where decays are strong.
-inline constexpr int PAIR_PARTS = 2;
+// The decay of a chunk, in nats, up to which a pair's factor may be split at the chunk's start: 1 / end, times anything, is far
+// inside of f32.
+inline constexpr float PAIR_SPAN = 60.0f;
 
 // Columns of K in shared memory; those past K are zeros.
 template <class Cfg>
@@ -63,11 +63,37 @@ __device__ FragB<DECAY_PARTS<Cfg>> load_decay(const Tile& w, int col0) {
     return b;
 }
 
+// Operands of pairs: these products are few, and what is rounded before them is all the error that there is where decays are
+// strong. 16-bit vectors of one part go as tf32, which has 11 bits, others as two bf16, which have 16.
+template <class Cfg>
+using PairOperand = If<PARTS<Cfg> == 1, Acc16, FragA<2>>;
+
+template <class Cfg>
+__device__ PairOperand<Cfg> to_pair(const Acc16& x) {
+    if constexpr (PARTS<Cfg> == 1) return round_tf32(x);
+    else return to_a<2>(x);
+}
+
+// What a pair operand stands for.
+__device__ inline Acc16 value(const Acc16& x) { return cut_tf32(x); }
+__device__ inline Acc16 value(const FragA<2>& x) { return to_acc(x); }
+
+// The same of what needs no rounding: 16-bit vectors.
+template <class Cfg>
+__device__ PairOperand<Cfg> to_pair(const FragA<PARTS<Cfg>>& x) {
+    if constexpr (PARTS<Cfg> == 1) return to_acc(x);
+    else return x;
+}
+
+// d += a b^T
+__device__ inline void mma_pairs(Acc16& d, const Acc16& a, const Acc16& b) { mma_tf32(d, a, b); }
+__device__ inline void mma_pairs(Acc16& d, const FragA<2>& a, const FragA<2>& b) { mma<true>(d, a, to_b_transposed(b)); }
+
 // Which log decays a token sums up. LEVELS + i: of pairs in the halves of blocks of 16 >> i tokens, of which each token
 // only reads or only writes.
-enum Sum { READS, WRITES, CENTRED_READS, CENTRED_WRITES, LEVELS, SUMS = LEVELS + 4 };
+enum Sum { READS, WRITES, LEVELS, SUMS = LEVELS + 4 };
 
-// As matrices of -1, 0 and 1.
+// As matrices of 0 and 1.
 struct DecaySums {
     BlockTile<1, CHUNK, CHUNK> of[SUMS];
 };
@@ -76,25 +102,55 @@ struct DecaySums {
 __device__ inline void init(DecaySums& s) {
     for (int i = threadIdx.x; i < SUMS * CHUNK * CHUNK; i += blockDim.x) {
         const int sum = i / (CHUNK * CHUNK), token = i / CHUNK % CHUNK, of = i % CHUNK;
-        const int mode = sum < CENTRED_READS ? EXACT : sum < LEVELS ? CENTRED : LEVEL + (sum - LEVELS);
-        const DecaySigns signs(mode, token, of);
-        const bool reads = sum != WRITES && sum != CENTRED_WRITES, writes = sum != READS && sum != CENTRED_READS;
-        s.of[sum].set(token, of, (reads ? signs.excl : 0) + (writes ? signs.back : 0));
+        const DecaySigns signs(sum < LEVELS ? EXACT : LEVEL + (sum - LEVELS), token, of);
+        s.of[sum].set(token, of, (sum != WRITES ? signs.excl : 0) + (sum != READS ? signs.back : 0));
     }
 }
 
-// Calls f(mode) for the modes that pairs of 16 channels are taken in. A loop, as the code of one is long enough.
-template <class F>
-__device__ void for_pair_modes(bool is_wide, F f) {
-    #pragma unroll 1
-    for (int mode = is_wide ? LEVEL : CENTRED; mode < DIAGONAL; ++mode) {
-        f(mode);
-        if (mode == CENTRED) break;
+// Leaves of a level's scores the pairs that belong to it: [reading, writing] tokens, or the transpose.
+template <bool TRANSPOSED>
+__device__ void keep_level(Acc16& d, int level) {
+    for_each(d, [&](int row, int col, float& x) {
+        const bool is_kept = TRANSPOSED ? is_pair(LEVEL + level, col, row, false) : is_pair(LEVEL + level, row, col, false);
+        x = is_kept ? x : 0.0f;
+    });
+}
+
+// Leaves of scores what is below the diagonal, and with it if DIAGONAL; above it for the transpose.
+template <bool DIAGONAL, bool TRANSPOSED>
+__device__ void keep_below(Acc16& d) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    #pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int col = 2 * t + e;
+        const bool is_kept = (TRANSPOSED ? g < col : g > col) || (DIAGONAL && g == col);
+        d.at[0][e] = is_kept ? d.at[0][e] : 0.0f;
+        d.at[1][2 + e] = is_kept ? d.at[1][2 + e] : 0.0f;
+        (TRANSPOSED ? d.at[0][2 + e] : d.at[1][e]) = 0.0f;
     }
 }
 
-// The sum of log decays of pairs of this mode, for tokens that read, and whether those that write have their own.
-__device__ inline int pair_sum(int mode) { return mode == CENTRED ? int(CENTRED_READS) : LEVELS + (mode - LEVEL); }
+// A of a chunk, or its transpose: the sum of its parts, of which nothing is left on one side of the diagonal.
+template <class Cfg, int THREADS, bool TRANSPOSED>
+__device__ void add_parts(AccTile& s_to, const AccTile (&s_parts)[KP<Cfg> / 16]) {
+    #pragma unroll
+    for (int first = 0; first < CHUNK * CHUNK / 2; first += THREADS) {
+        const int i = first + threadIdx.x;  // a pair of neighbours
+        if (CHUNK * CHUNK / 2 % THREADS != 0 && i >= CHUNK * CHUNK / 2) break;
+        float2 sum = {};
+        #pragma unroll
+        for (int j = 0; j < KP<Cfg> / 16; ++j) {
+            const float2 part = reinterpret_cast<const float2*>(&s_parts[j])[i];
+            sum.x += part.x;
+            sum.y += part.y;
+        }
+        // As `AccTile` has them: of each half of the columns, four numbers of a lane.
+        const int lane = i / 2 % 32, row = lane / 4 + i % 2 * 8, col = i / 64 * 8 + lane % 4 * 2;
+        reinterpret_cast<float2*>(&s_to)[i] = {
+            (TRANSPOSED ? row <= col : row >= col) ? sum.x : 0.0f,
+            (TRANSPOSED ? row <= col + 1 : row >= col + 1) ? sum.y : 0.0f};
+    }
+}
 
 // What a block works on: a segment of a sequence, whole without segments, one head, and BV value channels.
 template <class Cfg>

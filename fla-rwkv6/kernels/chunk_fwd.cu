@@ -6,14 +6,14 @@
 //   S <- diag(end) S + (k writes)^T v       (5)
 //
 // Each warp has 16 value channels of the state in registers, transposed, as accumulators of (5), which are the left operands
-// of (4) as they lie; and the same warps make the operands of the next chunk, 16 key channels each, which no state is needed
-// for: so one block barrier for each chunk is enough, and several blocks share a multiprocessor and hide each other's waits.
+// of (4) as they lie; and the same warps make the operands of later chunks, 16 key channels each, which no state is needed
+// for. So one block barrier for each chunk is enough, and several blocks share a multiprocessor and hide each other's waits.
 //
 // With few heads a sequence is cut into segments, and the kernel runs twice: with LOCAL for the state of a segment that starts
 // from zero, and its decay; then each segment folds those before it into the state that it starts from.
 //
 // Reference  fla_reference::rwkv6::chunk_fwd
-// Launch     a block has BV value channels of one segment and head: a warp for every 16 of them
+// Launch     a block has BV value channels of one segment and head: a warp for every 16 of them, and PREP_WARPS
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/blocks.cuh>
@@ -55,7 +55,7 @@ concept ChunkFwdConfig = requires {
     Cfg::K;            // key channels
     Cfg::V;            // value channels
     Cfg::BV;           // value channels of a block
-    Cfg::STAGES;       // chunks in shared memory
+    Cfg::PREP_WARPS;   // warps that only make operands; 0: those of the state do
     Cfg::OUTPUT;       // o is wanted
     Cfg::KEEP_STATES;  // states are wanted
     Cfg::LOCAL;        // states of segments are wanted, and nothing else
@@ -63,23 +63,25 @@ concept ChunkFwdConfig = requires {
 
 template <class Cfg>
 struct ChunkFwdStage {
-    using Element = typename Cfg::Element;
-    TokenTile<Element, KP<Cfg>> r, k, w;
-    TokenTile<Element, Cfg::BV> v;
+    TokenTile<typename Cfg::Element, KP<Cfg>> r, k, w;
 };
 
-// What a chunk's tokens are to the state, and to each other.
+// What a chunk's tokens are to the state.
 template <class Cfg>
 struct ChunkFwdOperands {
-    BlockTile<PARTS<Cfg>, CHUNK, KP<Cfg>> reads, writes;  // scale r reads and k writes of (1)
-    AccTile scores[KP<Cfg> / 16];                         // (3), what each slice of K adds
+    BlockTile<PARTS<Cfg>, CHUNK, KP<Cfg>> reads, writes;  // |scale| r reads and k writes of (1)
     alignas(16) float end[KP<Cfg>];                       // (2)
 };
 
+// Chunks on their way through a block: tokens come, operands and each slice's part of the scores are made of them, the
+// parts are added up, and the state takes all of it. A block barrier is between one step and the next.
 template <class Cfg>
 struct ChunkFwdShared {
-    ChunkFwdStage<Cfg> stages[Cfg::STAGES];
-    ChunkFwdOperands<Cfg> operands[2];  // by turns
+    ChunkFwdStage<Cfg> stages[2];
+    TokenTile<typename Cfg::Element, Cfg::BV> v[4];
+    ChunkFwdOperands<Cfg> operands[3];
+    AccTile parts[2][KP<Cfg> / 16];  // of A, from each slice of K; what is above the diagonal is anything
+    AccTile scores[2];               // A
     DecaySums sums;
     alignas(16) float u[KP<Cfg>];
     alignas(16) float decay[KP<Cfg>];   // of the segment so far, with LOCAL
@@ -87,32 +89,66 @@ struct ChunkFwdShared {
 
 // Sums of log decays, [tokens, channels].
 template <int P>
-__device__ Acc16 sum_decays(const DecaySums& s, const FragB<P>& w, int sum) {
+__device__ Acc16 sum_decays(const FragA<1>& sum, const FragB<P>& w) {
     Acc16 d;
     zero(d);
-    mma(d, load_a(s.of[sum], 0, 0), w);
+    mma(d, sum, w);
     return d;
+}
+
+// scale e^x
+__device__ inline Acc16 scaled_exp(Acc16 x, float log2_scale) {
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) x.at[n][e] = exp2_approx(x.at[n][e] * LOG2_E + log2_scale);
+    }
+    return x;
+}
+
+// (3) of 16 channels below the diagonal, level by level.
+template <class Cfg>
+__device__ __noinline__ Acc16 scores_of_levels(
+    const DecaySums& s_sums, const ChunkFwdStage<Cfg>& stage, int col0, float scale
+) {
+    const FragB<DECAY_PARTS<Cfg>> w = load_decay<Cfg>(stage.w, col0);
+    const Acc16 r = scale * load_acc(stage.r, col0), k = load_acc(stage.k, col0);
+    Acc16 scores;
+    zero(scores);
+    #pragma unroll 1
+    for (int level = 0; level < 4; ++level) {
+        const Acc16 factor = exp_approx(sum_decays(load_a(s_sums.of[LEVELS + level], 0, 0), w));
+        Acc16 d;
+        zero(d);
+        mma_pairs(d, to_pair<Cfg>(r * factor), to_pair<Cfg>(k * factor));
+        keep_level<false>(d, level);
+        scores = scores + d;
+    }
+    return scores;
 }
 
 // (1) to (3) for 16 channels.
 template <class Cfg>
 __device__ void prepare(
-    ChunkFwdOperands<Cfg>& s_to, ChunkFwdShared<Cfg>& s, const ChunkFwdStage<Cfg>& stage, int col0, float scale
+    ChunkFwdShared<Cfg>& s, ChunkFwdOperands<Cfg>& s_to, AccTile& s_part, const ChunkFwdStage<Cfg>& stage, int col0,
+    float scale, float log2_scale, const FragA<1> (&sums)[2]
 ) {
     constexpr int P = PARTS<Cfg>;
     const int g = lane_id() / 4, t = lane_id() % 4;
     const FragB<DECAY_PARTS<Cfg>> w = load_decay<Cfg>(stage.w, col0);
-    const Acc16 k = load_acc(stage.k, col0), writes = sum_decays(s.sums, w, WRITES);
-    store_a(s_to.writes, 0, col0, to_a<P>(k * exp_approx(writes)));
-    if (g == 0) {
-        // This lane has the first token, after which `writes` are, at channels 8 n + 2 t and the next.
-        #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            const int col = col0 + 8 * n + 2 * t;
-            const float2 first = load_pair(stage.w, 0, col);
-            const float2 end = {
-                exp_approx(writes.at[n][0] + max(first.x, LEAST_DECAY)),
-                exp_approx(writes.at[n][1] + max(first.y, LEAST_DECAY))};
+    const Acc16 sum_writes = sum_decays(sums[WRITES], w);
+    const Acc16 k = load_acc(stage.k, col0), k_writes = k * exp_approx(sum_writes);
+    store_a(s_to.writes, 0, col0, to_a<P>(k_writes));
+    // The lane's channels are 8 n + 2 t and the next. Lanes of g = 0 have the first token, after which `sum_writes` are.
+    float2 total[2];
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const int col = col0 + 8 * n + 2 * t;
+        const float2 first = load_pair(stage.w, 0, col);
+        total[n].x = __shfl_sync(FULL_WARP, sum_writes.at[n][0], t) + max(first.x, LEAST_DECAY);
+        total[n].y = __shfl_sync(FULL_WARP, sum_writes.at[n][1], t) + max(first.y, LEAST_DECAY);
+        if (g == 0) {
+            const float2 end = {exp_approx(total[n].x), exp_approx(total[n].y)};
             reinterpret_cast<float2&>(s_to.end[col]) = end;
             if constexpr (Cfg::LOCAL) {
                 float2& decay = reinterpret_cast<float2&>(s.decay[col]);
@@ -121,47 +157,51 @@ __device__ void prepare(
         }
     }
     if constexpr (Cfg::OUTPUT) {
-        const Acc16 r = scale * load_acc(stage.r, col0), reads = sum_decays(s.sums, w, READS);
-        store_a(s_to.reads, 0, col0, to_a<P>(r * exp_approx(reads)));
-
-        // What the halves decay by: before the eighth token, and after the seventh.
-        const float first = g == 0 ? min(min(reads.at[0][2], reads.at[0][3]), min(reads.at[1][2], reads.at[1][3])) : 0;
-        const float last = g == 7 ? min(min(writes.at[0][0], writes.at[0][1]), min(writes.at[1][0], writes.at[1][1])) : 0;
-        const bool is_wide = __any_sync(FULL_WARP, min(first, last) < -SPAN || has_step(w));
+        const Acc16 r = load_acc(stage.r, col0), r_reads = r * scaled_exp(sum_decays(sums[READS], w), log2_scale);
+        store_a(s_to.reads, 0, col0, to_a<P>(r_reads));
         Acc16 scores;
-        zero(scores);
-        for_pair_modes(is_wide, [&](int mode) {
-            const Acc16 read = exp_approx(sum_decays(s.sums, w, pair_sum(mode)));
-            const Acc16 write = mode == CENTRED ? exp_approx(sum_decays(s.sums, w, CENTRED_WRITES)) : read;
-            Acc16 d;
-            zero(d);
-            mma(d, to_a<PAIR_PARTS>(r * read), to_b_transposed(to_a<PAIR_PARTS>(k * write)));
-            for_each(d, [&](int row, int col, float& x) { x = is_pair(mode, row, col, false) ? x : 0.0f; });
-            scores = scores + d;
-        });
+        const float least = fminf(fminf(total[0].x, total[0].y), fminf(total[1].x, total[1].y));
+        if (__any_sync(FULL_WARP, least < -PAIR_SPAN)) {
+            scores = scores_of_levels<Cfg>(s.sums, stage, col0, scale);
+        } else {
+            Acc16 k_pairs = k_writes;
+            #pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float x = exp_approx(-total[n].x), y = exp_approx(-total[n].y);
+                #pragma unroll
+                for (int e = 0; e < 4; ++e) k_pairs.at[n][e] *= e % 2 == 0 ? x : y;
+            }
+            zero(scores);
+            mma_pairs(scores, to_pair<Cfg>(r_reads), to_pair<Cfg>(k_pairs));
+        }
         // The diagonal: of rows g and g + 8.
+        const Acc16 rk = r * k;
         float bonus[2] = {};
         #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const float2 u = *reinterpret_cast<const float2*>(&s.u[col0 + 8 * n + 2 * t]);
             #pragma unroll
-            for (int e = 0; e < 4; ++e) bonus[e / 2] += r.at[n][e] * k.at[n][e] * (e % 2 == 0 ? u.x : u.y);
+            for (int e = 0; e < 4; ++e) bonus[e / 2] += rk.at[n][e] * (e % 2 == 0 ? u.x : u.y);
         }
         #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float sum = group_sum<4>(bonus[i]);
             #pragma unroll
-            for (int e = 0; e < 2; ++e) scores.at[i][2 * i + e] += g == 2 * t + e ? sum : 0.0f;
+            for (int e = 0; e < 2; ++e) {
+                float& x = scores.at[i][2 * i + e];
+                x = g == 2 * t + e ? sum : x;
+            }
         }
-        s_to.scores[col0 / 16].put(scores);
+        s_part.put(scores);
     }
 }
 
 template <ChunkFwdConfig Cfg>
 __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
-    constexpr int K = Cfg::K, V = Cfg::V, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
-    constexpr int WARPS = Cfg::BV / 16, THREADS = 32 * WARPS, SLICES = KP<Cfg> / 16;
+    constexpr int K = Cfg::K, V = Cfg::V, P = PARTS<Cfg>;
+    constexpr int STATE_WARPS = Cfg::BV / 16, PREP_WARPS = Cfg::PREP_WARPS, THREADS = 32 * (STATE_WARPS + PREP_WARPS);
+    constexpr int MAKERS = PREP_WARPS == 0 ? STATE_WARPS : PREP_WARPS, SLICES = KP<Cfg> / 16;
     static_assert(Cfg::OUTPUT + Cfg::LOCAL + Cfg::KEEP_STATES > 0 && !(Cfg::LOCAL && (Cfg::OUTPUT || Cfg::KEEP_STATES)));
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdShared<Cfg>*>(s_bytes);
@@ -169,31 +209,93 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     // The last segment's state is nobody's start.
     if (work.is_nothing() || (Cfg::LOCAL && work.is_last())) return;
     const int i_warp = threadIdx.x / 32, count = work.chunks.count;
+    // The sign is the output's.
+    const float scale = fabsf(p.scale), log2_scale = log2f(scale);
     const i32 stride_k = p.h * K, stride_v = p.h * V;  // 16 rows of them are less than 2^31 elements
     const i64 at_k = (work.bos * p.h + work.i_h) * K, at_v = (work.bos * p.h + work.i_h) * V;
 
+    const Element* src_r = p.r + at_k;
+    const Element* src_k = p.k + at_k;
+    const Element* src_w = p.w + at_k;
+    const Element* src_v = p.v + at_v + work.v0;
+    // Those that make operands also copy tokens.
+    const bool is_maker = PREP_WARPS == 0 || i_warp >= STATE_WARPS;
+    const int i_maker = PREP_WARPS == 0 ? i_warp : i_warp - STATE_WARPS;
+    const int i_thread = PREP_WARPS == 0 ? threadIdx.x : threadIdx.x - 32 * STATE_WARPS;
     const auto fetch = [&](int i) {
-        if (i < count) {
-            ChunkFwdStage<Cfg>& stage = s.stages[i % STAGES];
+        if (i < count && is_maker) {
+            ChunkFwdStage<Cfg>& stage = s.stages[i % 2];
             const int rows = work.chunks.rows(i);
-            const i64 k0 = at_k + i * (CHUNK * i64(stride_k)), v0 = at_v + i * (CHUNK * i64(stride_v)) + work.v0;
-            if constexpr (Cfg::OUTPUT) load_tokens<K, THREADS>(stage.r, p.r + k0, stride_k, rows, K, threadIdx.x);
-            load_tokens<K, THREADS>(stage.k, p.k + k0, stride_k, rows, K, threadIdx.x);
-            load_tokens<K, THREADS>(stage.w, p.w + k0, stride_k, rows, K, threadIdx.x);
-            load_tokens<V, THREADS>(stage.v, p.v + v0, stride_v, rows, V - work.v0, threadIdx.x);
+            if constexpr (Cfg::OUTPUT) load_tokens<K, 32 * MAKERS>(stage.r, src_r, stride_k, rows, K, i_thread);
+            load_tokens<K, 32 * MAKERS>(stage.k, src_k, stride_k, rows, K, i_thread);
+            load_tokens<K, 32 * MAKERS>(stage.w, src_w, stride_k, rows, K, i_thread);
+            load_tokens<V, 32 * MAKERS>(s.v[i % 4], src_v, stride_v, rows, V - work.v0, i_thread);
+            src_r += CHUNK * stride_k;
+            src_k += CHUNK * stride_k;
+            src_w += CHUNK * stride_k;
+            src_v += CHUNK * stride_v;
         }
         cp_async_commit_group();
     };
-    #pragma unroll 1
-    for (int i = 0; i < STAGES - 1; ++i) fetch(i);
+    fetch(0);
+    fetch(1);
     init(s.sums);
     for (int i = threadIdx.x; i < KP<Cfg>; i += THREADS) {
-        s.u[i] = Cfg::OUTPUT && i < K ? to_f32(p.u[work.i_h * K + i]) : 0.0f;
+        s.u[i] = Cfg::OUTPUT && i < K ? scale * to_f32(p.u[work.i_h * K + i]) : 0.0f;
         s.decay[i] = 1.0f;
+    }
+
+    FragA<1> sums[2];
+    int i_operands = 0;  // where the next operands go
+    const auto prepare_chunk = [&](int i) {
+        if (i < count && is_maker) {
+            const auto prepare_slice = [&](int j) {
+                AccTile& part = s.parts[i % 2][j];
+                prepare<Cfg>(s, s.operands[i_operands], part, s.stages[i % 2], 16 * j, scale, log2_scale, sums);
+            };
+            if constexpr (SLICES == MAKERS) {
+                prepare_slice(i_maker);
+            } else {
+                #pragma unroll 1
+                for (int j = i_maker; j < SLICES; j += MAKERS) prepare_slice(j);
+            }
+        }
+        i_operands = i_operands == 2 ? 0 : i_operands + 1;
+    };
+    const auto add_parts_of = [&](int i) {
+        if (Cfg::OUTPUT && i < count) add_parts<Cfg, THREADS, false>(s.scores[i % 2], s.parts[i % 2]);
+    };
+    cp_async_wait_group<1>();
+    __syncthreads();  // the first chunk's tokens, sums and u are there
+    sums[READS] = load_a(s.sums.of[READS], 0, 0);
+    sums[WRITES] = load_a(s.sums.of[WRITES], 0, 0);
+    prepare_chunk(0);
+    cp_async_wait_group<0>();
+    __syncthreads();  // the first chunk's parts and the second's tokens are there
+    fetch(2);
+    add_parts_of(0);
+    prepare_chunk(1);
+    const auto next_step = [&](int i) {
+        cp_async_wait_group<0>();
+        __syncthreads();  // one step is done: of this chunk, of the next, and tokens of the one after that are there
+        fetch(i + 3);
+        add_parts_of(i + 1);
+    };
+    if constexpr (PREP_WARPS > 0) {
+        if (is_maker) {
+            #pragma unroll 1
+            for (int i = 0; i < count; ++i) {
+                next_step(i);
+                prepare_chunk(i + 2);
+            }
+            if (Cfg::LOCAL) __syncthreads();  // the segment's decay is there
+            return;
+        }
     }
 
     // Rows of V of the state: tile j has key channels 16 j to 16 j + 16.
     const int col_v = 16 * i_warp, v0 = work.v0 + col_v;
+    const bool has_rows = VP<Cfg> % Cfg::BV == 0 || v0 < VP<Cfg>;
     const i64 at_state = (work.i_n * p.h + work.i_h) * K * V;
     Acc16 state[SLICES];
     const auto for_state = [&](auto f) {
@@ -218,7 +320,6 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         }
     };
     const auto local_tile = [&](int j) { return j * (VP<Cfg> / 16) + v0 / 16; };
-    const bool has_rows = VP<Cfg> % Cfg::BV == 0 || v0 < VP<Cfg>;
     if (!Cfg::LOCAL) {
         for (int i = 0; i < work.i_segment; ++i) {
             const float* decay = p.local_decays + (work.i_local + i) * KP<Cfg>;
@@ -231,27 +332,15 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         }
     }
 
-    const auto prepare_chunk = [&](int i) {
-        #pragma unroll 1
-        for (int j = i_warp; j < SLICES; j += WARPS) {
-            prepare<Cfg>(s.operands[i % 2], s, s.stages[i % STAGES], 16 * j, p.scale);
-        }
-    };
-    if (count > 0) {
-        cp_async_wait_group<STAGES - 2>();
-        __syncthreads();  // the first chunk's tokens, sums and u are there
-        prepare_chunk(0);
-    }
+    int i_taken = 0;  // which operands are this chunk's
     Element* o_chunk = p.o + at_v;
     u32* image = reinterpret_cast<u32*>(p.states) + (work.first_chunk * p.h + work.i_h) * IMAGE_WORDS<Cfg>;
     #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-        // Copies under way: of the chunks after the next.
-        cp_async_wait_group<max(STAGES - 3, 0)>();
-        __syncthreads();  // operands of this chunk and tokens of the next are there, and the last chunk's are free
-        fetch(i + STAGES - 1);
-        const ChunkFwdOperands<Cfg>& operands = s.operands[i % 2];
-        const FragA<P> v = load_a_transposed<P>(s.stages[i % STAGES].v, col_v);
+        next_step(i);
+        const ChunkFwdOperands<Cfg>& operands = s.operands[i_taken];
+        i_taken = i_taken == 2 ? 0 : i_taken + 1;
+        const FragA<P> v = load_a_transposed<P>(s.v[i % 4], col_v);
         // (4) and (5), transposed: channels are rows and tokens are columns
         Acc16 o;
         zero(o);
@@ -275,21 +364,13 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             mma(state[j], v, load_b(operands.writes, 0, 16 * j));
         }
         if constexpr (Cfg::OUTPUT) {
-            Acc16 scores = operands.scores[0].get();
-            #pragma unroll
-            for (int j = 1; j < SLICES; ++j) scores = scores + operands.scores[j].get();
-            mma(o, v, to_b_transposed(to_a<PAIR_PARTS>(scores)));
+            mma_pairs(o, to_pair<Cfg>(v), to_pair<Cfg>(s.scores[i % 2].get()));
+            if (p.scale < 0.0f) o = -1.0f * o;
             store_transposed<V>(o_chunk, stride_v, o, v0, work.chunks.rows(i));
             o_chunk += CHUNK * i64(stride_v);
         }
         if constexpr (Cfg::KEEP_STATES) image += p.h * IMAGE_WORDS<Cfg>;
-        if (i + 1 < count) {
-            if constexpr (STAGES == 2) {
-                cp_async_wait_group<0>();
-                __syncthreads();  // tokens of the next chunk are there
-            }
-            prepare_chunk(i + 1);
-        }
+        if (PREP_WARPS == 0) prepare_chunk(i + 2);
     }
 
     if constexpr (Cfg::LOCAL) {
@@ -298,11 +379,10 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         for (int j = 0; j < SLICES; ++j) {
             if (has_rows) store_local(local, local_tile(j), state[j]);
         }
-        // A channel's product is one lane's, of whichever warp: the last barrier was before the last chunk's.
-        __syncthreads();
+        __syncthreads();  // the segment's decay is there: a channel's product is one lane's, of whichever warp
         float* decay = p.local_decays + (work.i_local + work.i_segment) * KP<Cfg>;
         if (work.v0 == 0) {
-            for (int i = threadIdx.x; i < KP<Cfg>; i += THREADS) decay[i] = s.decay[i];
+            for (int i = threadIdx.x; i < KP<Cfg>; i += 32 * STATE_WARPS) decay[i] = s.decay[i];
         }
     } else if (p.final_state != nullptr && work.is_last()) {
         for_state([&](i64 i, float& x) { p.final_state[i] = x; });

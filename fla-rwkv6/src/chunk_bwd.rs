@@ -11,10 +11,10 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::chunk_fwd::{
-    ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADS, LocalStates, SavedStates, check_shape,
-    check_smem, grid, u_len, variant, with_constants, with_registers,
+    ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADERS, HEADS, LocalStates, SavedStates,
+    check_shape, check_smem, grid, u_len, variant, with_registers,
 };
-use crate::config::{self, ChunkConfig, ChunkVariant, Segments};
+use crate::config::{self, ChunkBwdConfig, ChunkVariant, Segments};
 
 const SOURCE: Source =
     Source { name: "fla/rwkv6/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -170,14 +170,14 @@ impl<T: Element> ChunkBwd<T> {
         let block_smem_bytes = variant.bwd_smem_bytes(&config);
         check_smem(device, shape, block_smem_bytes)?;
         let cut = ChunkCut::new(device, shape)?;
-        let slots = config::slots(&config, device.sm_count(), smem_bytes, block_smem_bytes);
-        let segments = cut.segments(shape, variant.slices(&config), slots);
+        let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
+        let segments = cut.segments(shape, shape.v.div_ceil(config.bv), slots);
         tracing::debug!(?variant, ?config, ?segments, "rwkv6 chunk_bwd");
         let (mut launches, mut slices) = (Vec::new(), 1);
         for launch in (!segments.is_whole()).then_some(Launch::Segments).into_iter().chain([Launch::Main]) {
-            let kernel = |config: &ChunkConfig| device.kernel(&unit::<T>(&variant, config, launch));
+            let kernel = |config: &ChunkBwdConfig| device.kernel(&unit::<T>(&variant, config, launch));
             let (kernel, config) = with_registers(&config, kernel)?;
-            slices = variant.slices(&config);
+            slices = shape.v.div_ceil(config.bv);
             let grid = grid(shape, slices.saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
@@ -490,11 +490,19 @@ pub(crate) fn all_units<T: Element>(arch: Arch, (k, v): (usize, usize), smem_byt
     [Launch::Main, Launch::Segments].map(|launch| unit::<T>(&variant, &config, launch))
 }
 
-fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, launch: Launch) -> Unit {
+fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkBwdConfig, launch: Launch) -> Unit {
     let threads = 2 * variant.k.next_multiple_of(16) as u32;
-    let unit = Unit::new::<ChunkBwdParams<T>>("rwkv6", "chunk_bwd", SOURCE, threads)
-        .with_smem_bytes(variant.bwd_smem_bytes(config) as u32);
-    with_constants::<T>(unit, variant, config).with("LOCAL", launch == Launch::Segments)
+    // All of these are below 2^31: `new` has checked K and V.
+    Unit::new::<ChunkBwdParams<T>>("rwkv6", "chunk_bwd", SOURCE, threads)
+        .with_smem_bytes(variant.bwd_smem_bytes(config) as u32)
+        .with_headers(HEADERS)
+        .with_min_blocks(config.min_blocks)
+        .with("Element", T::DTYPE)
+        .with("K", variant.k as i32)
+        .with("V", variant.v as i32)
+        .with("BV", config.bv as i32)
+        .with("STAGES", config.stages as i32)
+        .with("LOCAL", launch == Launch::Segments)
 }
 
 fn unit_output<T: Element>(is_sliced: bool) -> Unit {

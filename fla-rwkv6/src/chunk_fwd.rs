@@ -10,7 +10,7 @@ use fla_core::{
 };
 use half::{bf16, f16};
 
-use crate::config::{self, CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant, Segments};
+use crate::config::{self, CHUNK, ChunkChoice, ChunkFwdConfig, ChunkFwdWrites, ChunkVariant, Segments};
 
 /// Largest K and V of the chunk passes: a lane has registers for so many rows of the state.
 pub(crate) const MAX_K: usize = 128;
@@ -208,16 +208,16 @@ impl<T: Element> ChunkFwd<T> {
         let block_smem_bytes = variant.fwd_smem_bytes(&config);
         check_smem(device, shape, block_smem_bytes)?;
         let cut = ChunkCut::new(device, shape)?;
-        let slots = config::slots(&config, device.sm_count(), smem_bytes, block_smem_bytes);
+        let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
         // The same whatever is written, so that states have the same bits.
-        let segments = cut.segments(shape, variant.slices(&config), slots);
+        let segments = cut.segments(shape, shape.v.div_ceil(config.bv), slots);
         tracing::debug!(?variant, ?config, ?segments, ?writes, "rwkv6 chunk_fwd");
         let of_segments = (!segments.is_whole()).then_some(ChunkFwdWrites::Segments);
         let mut launches = Vec::new();
         for writes in of_segments.into_iter().chain([writes]) {
-            let kernel = |config: &ChunkConfig| device.kernel(&unit::<T>(&variant, config, writes));
+            let kernel = |config: &ChunkFwdConfig| device.kernel(&unit::<T>(&variant, config, writes));
             let (kernel, config) = with_registers(&config, kernel)?;
-            let grid = grid(shape, variant.slices(&config).saturating_mul(segments.count))?;
+            let grid = grid(shape, shape.v.div_ceil(config.bv).saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
         Ok(Self {
@@ -487,10 +487,10 @@ pub(crate) fn grid(shape: &Shape, blocks: usize) -> Result<Option<Grid>, Error> 
 }
 
 /// The kernel of this choice, or of one that leaves more registers to a lane where the assembler asks for that.
-pub(crate) fn with_registers<K>(
-    config: &ChunkConfig,
-    kernel: impl Fn(&ChunkConfig) -> Result<K, Error>,
-) -> Result<(K, ChunkConfig), Error> {
+pub(crate) fn with_registers<K, C: ChunkChoice>(
+    config: &C,
+    kernel: impl Fn(&C) -> Result<K, Error>,
+) -> Result<(K, C), Error> {
     let mut config = *config;
     loop {
         let error = match kernel(&config) {
@@ -551,26 +551,21 @@ fn all_units<T: Element>(arch: Arch, (k, v): (usize, usize), smem_bytes: usize) 
     ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &config, writes))
 }
 
-fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkFwdWrites) -> Unit {
-    let threads = 2 * config.bv as u32;
-    let unit = Unit::new::<ChunkFwdParams<T>>("rwkv6", "chunk_fwd", SOURCE, threads)
-        .with_smem_bytes(variant.fwd_smem_bytes(config) as u32);
-    with_constants::<T>(unit, variant, config)
-        .with("OUTPUT", writes.output())
-        .with("KEEP_STATES", writes.states())
-        .with("LOCAL", writes == ChunkFwdWrites::Segments)
-}
-
-/// What both passes are compiled with.
-pub(crate) fn with_constants<T: Element>(unit: Unit, variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
+fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkFwdConfig, writes: ChunkFwdWrites) -> Unit {
+    let threads = 32 * (config.bv / 16 + config.prep_warps) as u32;
     // All of these are below 2^31: `new` has checked K and V.
-    unit.with_headers(HEADERS)
+    Unit::new::<ChunkFwdParams<T>>("rwkv6", "chunk_fwd", SOURCE, threads)
+        .with_smem_bytes(variant.fwd_smem_bytes(config) as u32)
+        .with_headers(HEADERS)
         .with_min_blocks(config.min_blocks)
         .with("Element", T::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
         .with("BV", config.bv as i32)
-        .with("STAGES", config.stages as i32)
+        .with("PREP_WARPS", config.prep_warps as i32)
+        .with("OUTPUT", writes.output())
+        .with("KEEP_STATES", writes.states())
+        .with("LOCAL", writes == ChunkFwdWrites::Segments)
 }
 
 /// Twin of `fla::rwkv6::ChunkFwdParams`.

@@ -158,25 +158,52 @@ pub(crate) struct ChunkVariant {
     pub(crate) v: usize,
 }
 
-/// Constants of a chunk kernel that are a choice.
+/// Constants of a forward kernel that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ChunkConfig {
-    /// Value channels of a block, a multiple of 16: slices of V, whose columns of the state do not meet.
+pub(crate) struct ChunkFwdConfig {
+    /// Value channels of a block, a multiple of 16: slices of V, whose columns of the state do not meet. A warp has 16.
     pub(crate) bv: usize,
-    /// Chunks in shared memory or under way to it, at least 2.
+    /// Warps that only make operands; with none those of the state make them.
+    pub(crate) prep_warps: usize,
+    /// Blocks that a multiprocessor has to have registers for.
+    pub(crate) min_blocks: u32,
+}
+
+/// Constants of a backward kernel that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkBwdConfig {
+    /// Value channels of a block, a multiple of 16.
+    pub(crate) bv: usize,
+    /// Chunks in shared memory or under way to it, 2 or 3.
     pub(crate) stages: usize,
     /// Blocks that a multiprocessor has to have registers for.
     pub(crate) min_blocks: u32,
 }
 
-impl ChunkConfig {
-    /// A choice that leaves more registers to a lane, for heads for which this one leaves too few: which these are, only the
+/// A choice with which a kernel may be compiled.
+pub(crate) trait ChunkChoice: Copy + std::fmt::Debug {
+    /// The choice that leaves more registers to a lane, for heads for which this one leaves too few: which these are, only the
     /// assembler knows. None when there is no other.
-    pub(crate) fn with_more_registers(self) -> Option<Self> {
+    fn with_more_registers(self) -> Option<Self>;
+}
+
+impl ChunkChoice for ChunkFwdConfig {
+    fn with_more_registers(self) -> Option<Self> {
+        match (self.min_blocks, self.prep_warps, self.bv) {
+            (2.., ..) => Some(Self { min_blocks: 1, ..self }),
+            (_, 0, ..=64) => Some(Self { prep_warps: 4, ..self }),
+            (_, _, 80..) => Some(Self { bv: 64, prep_warps: 4, ..self }),
+            _ => None,
+        }
+    }
+}
+
+impl ChunkChoice for ChunkBwdConfig {
+    fn with_more_registers(self) -> Option<Self> {
         match (self.min_blocks, self.bv) {
-            (1, ..=16) => None,
-            (1, bv) => Some(Self { bv: (bv / 2).next_multiple_of(16), ..self }),
-            _ => Some(Self { min_blocks: 1, ..self }),
+            (2.., _) => Some(Self { min_blocks: 1, ..self }),
+            (_, 17..) => Some(Self { bv: (self.bv / 2).next_multiple_of(16), ..self }),
+            _ => None,
         }
     }
 }
@@ -230,69 +257,60 @@ impl ChunkVariant {
         self.covered().0
     }
 
-    /// Blocks that share V.
-    pub(crate) fn slices(&self, config: &ChunkConfig) -> usize {
-        self.v.div_ceil(config.bv)
-    }
-
     /// The fewest slices of V that have at most `max` channels each, alike.
     fn bv(&self, max: usize) -> usize {
         self.v.div_ceil(self.v.div_ceil(max)).next_multiple_of(16)
     }
 
     /// The choice for a forward pass: a warp for every 16 value channels, which holds K / 2 registers of state in each lane.
-    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkConfig {
+    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkFwdConfig {
         let bv = self.bv(128);
         let is_small = self.parts() == 1 && self.k <= 64 && bv <= 64;
         // 16 warps of a multiprocessor leave 128 registers to a lane, and 8 leave all that it can have.
         let min_blocks = if is_small && self.arch == Arch::SM_90 { 4 } else { spare_blocks(bv / 16) };
-        self.fitted(ChunkConfig { bv, stages: 3, min_blocks }, smem_bytes, Self::fwd_smem_bytes)
+        let mut config = ChunkFwdConfig { bv, prep_warps: 0, min_blocks };
+        while self.fwd_smem_bytes(&config) > smem_bytes && config.bv > 16 {
+            config.bv = (config.bv / 2).next_multiple_of(16);
+        }
+        config
     }
 
     /// The choice for a backward pass: a warp for every 16 key channels, which holds BV / 2 registers of gradients of the
-    /// state in each lane, and BV / 4 or BV / 2 of the state. Slices of V cost sums in device memory.
-    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkConfig {
+    /// state in each lane. Slices of V cost sums in device memory.
+    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkBwdConfig {
+        // Rows that end within a tile, and slices of V, take registers for their conditions.
+        let is_even = [self.k, self.v].iter().all(|d| d.is_multiple_of(16));
+        let is_aligned = [self.k, self.v].iter().all(|d| d.is_multiple_of(4));
         let bv = self.bv(match (self.parts(), self.k) {
-            (1, 33..) => 128,
-            (2, ..=64) => 32,
-            _ => 64,
+            (1, 33..) if is_even && self.v <= 128 => 128,
+            (1, _) if is_even => 64,
+            (1, _) => 48,
+            (_, 65..) if is_even && self.v <= 128 => 64,
+            _ if is_aligned => 32,
+            _ => 16,
         });
         let min_blocks = spare_blocks(self.covered().0 / 16);
-        self.fitted(ChunkConfig { bv, stages: 3, min_blocks }, smem_bytes, Self::bwd_smem_bytes)
-    }
-
-    /// The same with fewer stages and then narrower slices, until its shared memory fits; if nothing does, the smallest.
-    fn fitted(
-        &self,
-        mut config: ChunkConfig,
-        smem_bytes: usize,
-        size: fn(&Self, &ChunkConfig) -> usize,
-    ) -> ChunkConfig {
-        while size(self, &config) > smem_bytes {
-            if config.stages > 2 {
-                config.stages -= 1;
-            } else if config.bv > 16 {
-                config.bv = (config.bv / 2).next_multiple_of(16);
-            } else {
-                break;
+        let mut config = ChunkBwdConfig { bv, stages: 3, min_blocks };
+        while self.bwd_smem_bytes(&config) > smem_bytes {
+            match config {
+                ChunkBwdConfig { stages: 3, .. } => config.stages = 2,
+                ChunkBwdConfig { bv: 17.., .. } => config.bv = (config.bv / 2).next_multiple_of(16),
+                _ => break,
             }
         }
         config
     }
 
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
-    pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+    pub(crate) fn fwd_smem_bytes(&self, config: &ChunkFwdConfig) -> usize {
         let (k, _) = self.covered();
-        let stage =
-            Layout::default().with_many(3, self.token_tile(k)).with(self.token_tile(config.bv)).finished();
-        let operands = Layout::default()
-            .with_many(2, block_tile(self.parts(), CHUNK, k))
-            .with_many(k / 16, ACC_TILE)
-            .with(channels(k))
-            .finished();
+        let operands =
+            Layout::default().with_many(2, block_tile(self.parts(), CHUNK, k)).with(channels(k)).finished();
         Layout::default()
-            .with_many(config.stages, stage)
-            .with_many(2, operands)
+            .with_many(2 * 3, self.token_tile(k))
+            .with_many(4, self.token_tile(config.bv))
+            .with_many(3, operands)
+            .with_many(2 * (k / 16) + 2, ACC_TILE)
             .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
             .with_many(2, channels(k))
             .finished()
@@ -300,7 +318,7 @@ impl ChunkVariant {
     }
 
     /// Size of the backward kernel's shared memory.
-    pub(crate) fn bwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
+    pub(crate) fn bwd_smem_bytes(&self, config: &ChunkBwdConfig) -> usize {
         let (k, _) = self.covered();
         let stage = Layout::default()
             .with_many(3, self.token_tile(k))
@@ -308,9 +326,10 @@ impl ChunkVariant {
             .finished();
         Layout::default()
             .with_many(config.stages, stage)
+            .with(Layout { bytes: 2 * self.parts() * k * config.bv * 2, align: 16 })
             .with(block_tile(self.parts(), k, config.bv))
             .with(block_tile(self.parts(), k, CHUNK))
-            .with_many(k / 16, ACC_TILE)
+            .with_many(k / 16 + 1, ACC_TILE)
             .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
             .finished()
             .bytes
@@ -329,7 +348,7 @@ fn spare_blocks(warps: usize) -> u32 {
 }
 
 /// Matrices that sum up log decays, `DecaySums`.
-const SUMS: usize = 8;
+const SUMS: usize = 6;
 
 /// `AccTile`: 16 by 16 numbers in f32.
 const ACC_TILE: Layout = Layout { bytes: CHUNK * CHUNK * 4, align: 16 };
@@ -426,21 +445,19 @@ impl Segments {
     }
 }
 
-/// Blocks that a GPU of `sm_count` multiprocessors holds, with so much shared memory for one block and so much that this one
-/// has.
-pub(crate) fn slots(
-    config: &ChunkConfig,
-    sm_count: u32,
-    smem_bytes: usize,
-    block_smem_bytes: usize,
-) -> usize {
+/// Blocks that a GPU of `sm_count` multiprocessors holds, when one has registers for `min_blocks` of them, and so much shared
+/// memory for a block of which this one has so much.
+pub(crate) fn slots(sm_count: u32, min_blocks: u32, smem_bytes: usize, block_smem_bytes: usize) -> usize {
     let of_smem = (smem_bytes + RESERVED_SMEM_BYTES) / (block_smem_bytes + RESERVED_SMEM_BYTES);
-    sm_count as usize * of_smem.clamp(1, config.min_blocks as usize)
+    sm_count as usize * of_smem.clamp(1, min_blocks as usize)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{ChunkConfig, ChunkVariant, RecurrentFwdVariant, Segments, slots, smem_bytes};
+    use super::{
+        ChunkBwdConfig, ChunkChoice, ChunkFwdConfig, ChunkVariant, RecurrentFwdVariant, Segments, slots,
+        smem_bytes,
+    };
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -490,15 +507,14 @@ mod tests {
                     let variant = ChunkVariant { arch, dtype, k, v };
                     let smem_bytes = smem_bytes(arch);
                     let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
-                    for (config, bytes) in
-                        [(fwd, variant.fwd_smem_bytes(&fwd)), (bwd, variant.bwd_smem_bytes(&bwd))]
+                    for (bv, bytes) in
+                        [(fwd.bv, variant.fwd_smem_bytes(&fwd)), (bwd.bv, variant.bwd_smem_bytes(&bwd))]
                     {
-                        let what = || format!("{arch} {variant:?} {config:?}: {bytes} bytes");
+                        let what = || format!("{arch} {variant:?} {fwd:?} {bwd:?}: {bytes} bytes");
                         assert!(k > max_k || bytes <= smem_bytes, "{}", what());
-                        assert!(config.bv.is_multiple_of(16) && config.bv <= 128, "{}", what());
-                        assert!(config.stages >= 2 && config.min_blocks >= 1, "{}", what());
-                        let slices = variant.slices(&config);
-                        assert!(slices * config.bv >= v && (slices - 1) * config.bv < v, "{}", what());
+                        assert!(bv.is_multiple_of(16) && bv <= 128, "{}", what());
+                        let slices = v.div_ceil(bv);
+                        assert!(slices * bv >= v && (slices - 1) * bv < v, "{}", what());
                     }
                 }
             }
@@ -507,13 +523,20 @@ mod tests {
 
     #[test]
     fn every_choice_ends_with_the_most_registers() {
-        let mut config = ChunkConfig { bv: 112, stages: 3, min_blocks: 4 };
+        let mut config = ChunkBwdConfig { bv: 112, stages: 3, min_blocks: 4 };
         let mut seen = Vec::new();
         while let Some(next) = config.with_more_registers() {
             config = next;
             seen.push((config.bv, config.min_blocks));
         }
         assert_eq!(seen, [(112, 1), (64, 1), (32, 1), (16, 1)]);
+        let mut config = ChunkFwdConfig { bv: 128, prep_warps: 0, min_blocks: 4 };
+        let mut seen = Vec::new();
+        while let Some(next) = config.with_more_registers() {
+            config = next;
+            seen.push((config.bv, config.prep_warps, config.min_blocks));
+        }
+        assert_eq!(seen, [(128, 0, 1), (64, 4, 1)]);
     }
 
     #[test]
@@ -541,10 +564,9 @@ mod tests {
 
     #[test]
     fn slots_are_what_registers_and_shared_memory_hold() {
-        let config = ChunkConfig { bv: 64, stages: 3, min_blocks: 4 };
-        assert_eq!(slots(&config, 132, 227 << 10, 49152), 4 * 132);
-        assert_eq!(slots(&config, 132, 99 << 10, 49152), 2 * 132);
-        assert_eq!(slots(&config, 132, 227 << 10, 227 << 10), 132);
+        assert_eq!(slots(132, 4, 227 << 10, 49152), 4 * 132);
+        assert_eq!(slots(132, 4, 99 << 10, 49152), 2 * 132);
+        assert_eq!(slots(132, 4, 227 << 10, 227 << 10), 132);
     }
 
     #[test]
