@@ -268,7 +268,13 @@ impl ChunkVariant {
         let is_small = self.parts() == 1 && self.k <= 64 && bv <= 64;
         // 16 warps of a multiprocessor leave 128 registers to a lane, and 8 leave all that it can have.
         let min_blocks = if is_small && self.arch == Arch::SM_90 { 4 } else { spare_blocks(bv / 16) };
-        let mut config = ChunkFwdConfig { bv, prep_warps: 0, min_blocks };
+        let mut config = match self.k {
+            // Two parts and half of all registers for the state; other assemblers spill some bytes.
+            65.. if self.parts() == 2 && self.arch != Arch::SM_90 => {
+                ChunkFwdConfig { bv: self.bv(64), prep_warps: 4, min_blocks: 1 }
+            }
+            _ => ChunkFwdConfig { bv, prep_warps: 0, min_blocks },
+        };
         while self.fwd_smem_bytes(&config) > smem_bytes && config.bv > 16 {
             config.bv = (config.bv / 2).next_multiple_of(16);
         }
@@ -278,12 +284,14 @@ impl ChunkVariant {
     /// The choice for a backward pass: a warp for every 16 key channels, which holds BV / 2 registers of gradients of the
     /// state in each lane. Slices of V cost sums in device memory.
     pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkBwdConfig {
-        // Rows that end within a tile, and slices of V, take registers for their conditions.
+        // Rows that end within a tile, and slices of V, take registers for their conditions; from sm_100 on so does more.
         let is_even = [self.k, self.v].iter().all(|d| d.is_multiple_of(16));
         let is_aligned = [self.k, self.v].iter().all(|d| d.is_multiple_of(4));
+        let is_newer = self.arch.major() >= 10;
         let bv = self.bv(match (self.parts(), self.k) {
-            (1, 33..) if is_even && self.v <= 128 => 128,
+            (1, 33..) if is_even && self.v <= 128 && !is_newer => 128,
             (1, _) if is_even => 64,
+            (1, _) if is_newer => 16,
             (1, _) => 48,
             (_, 65..) if is_even && self.v <= 128 => 64,
             _ if is_aligned => 32,
