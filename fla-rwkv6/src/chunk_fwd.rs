@@ -144,7 +144,7 @@ pub struct ChunkFwdResult<T> {
 /// # Numerics
 ///
 /// Sums are taken in f32. The state is f32 from chunk to chunk; what is multiplied on tensor cores is rounded to bf16, or
-/// split into two bf16 where vectors are f32 or f16, and always for pairs of tokens. No factor leaves the range of bf16 under
+/// split into two bf16 where vectors are f32 or f16; pairs of tokens are tf32 where it is bf16. No factor leaves its range under
 /// any decay. The error against the float64 recurrence stays under the rows `rwkv6, chunk_fwd` of
 /// `fla_reference::tolerance`. Sums are taken in a fixed order: the same inputs give the same bits on the same GPU.
 ///
