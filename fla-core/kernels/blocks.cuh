@@ -150,14 +150,17 @@ __device__ FragA<PARTS> to_a(const Acc16& d) {
 template <int PARTS>
 __device__ Acc16 to_acc(const FragA<PARTS>& a) {
     Acc16 d;
-    zero(d);
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
+        float2 x = unpack2<bf16>(a.at[PARTS - 1][i]);
         #pragma unroll
-        for (int p = PARTS - 1; p >= 0; --p) {
-            d.at[i / 2][i % 2 * 2] += __uint_as_float(a.at[p][i] << 16);
-            d.at[i / 2][i % 2 * 2 + 1] += __uint_as_float(a.at[p][i] & 0xffff0000u);
+        for (int p = PARTS - 2; p >= 0; --p) {
+            const float2 part = unpack2<bf16>(a.at[p][i]);
+            x.x += part.x;
+            x.y += part.y;
         }
+        d.at[i / 2][i % 2 * 2] = x.x;
+        d.at[i / 2][i % 2 * 2 + 1] = x.y;
     }
     return d;
 }
@@ -311,6 +314,43 @@ __device__ void mma(Acc16& d, const FragA<PARTS_A>& a, const FragB<PARTS_B>& b) 
     }
 }
 
+// Each number such that its upper 19 bits, which are all that a product in tf32 sees, are what is nearest to it: the rest of the
+// bits do not count. One addition, where the conversion of the instruction set is three instructions.
+__device__ inline Acc16 round_tf32(Acc16 x) {
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) x.at[n][e] = __uint_as_float(__float_as_uint(x.at[n][e]) + 0x1000u);
+    }
+    return x;
+}
+
+// What a product in tf32 sees.
+__device__ inline Acc16 cut_tf32(Acc16 x) {
+    #pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) x.at[n][e] = __uint_as_float(__float_as_uint(x.at[n][e]) & 0xffffe000u);
+    }
+    return x;
+}
+
+// d += a b^T in tf32. The lanes hold results as operands do but for the order of columns, over
+// which the sum runs, and which is the same in both.
+__device__ inline void mma_tf32(Acc16& d, const Acc16& a, const Acc16& b) {
+    #pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        u32 left[4];
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) left[i] = __float_as_uint(a.at[h][i % 2 * 2 + i / 2]);
+        #pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const u32 right[2] = {__float_as_uint(b.at[h][2 * n]), __float_as_uint(b.at[h][2 * n + 1])};
+            mma_m16n8k8_tf32(d.at[n], left, right, d.at[n]);
+        }
+    }
+}
+
 // 16 rows as they come from memory. They are padded, so that 8x8 loads and loads of pairs of f32 do not collide, and an
 // address is a constant and an offset of the lane here too.
 template <class T, int COLS>
@@ -329,12 +369,6 @@ struct TokenTile {
         return &at(lane % 8 + upper * 8, right * 8) + col0;
     }
 };
-
-template <class T>
-__device__ float2 unpack2(u32 x) {
-    const Vec<T, 2> pair = __builtin_bit_cast(Vec<T, 2>, x);
-    return {to_f32(pair.at[0]), to_f32(pair.at[1])};
-}
 
 template <class T, int COLS>
 __device__ float2 load_pair(const TokenTile<T, COLS>& s, int row, int col) {

@@ -45,20 +45,26 @@ __device__ void load_tokens(
     }
 }
 
-// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose.
+// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose. `dst` is the first token's first
+// channel.
 template <int CHANNELS, class Element>
 __device__ void store_transposed(Element* dst, i32 stride, Acc16& d, int col0, int rows) {
     if constexpr (sizeof(Element) == 2 && CHANNELS % 2 == 0) {
+        const int row = lane_id() / 4, col = col0 + lane_id() % 4 * 2;
+        Element* lane_dst = dst + row * stride + col;
         #pragma unroll
         for (int i = 0; i < 4; ++i) {
             // Block i % 2 of channels and i / 2 of tokens; a lane gets two channels of one token.
             const u32 pair = movmatrix_trans(pack2<Element>(d.at[i / 2][i % 2 * 2], d.at[i / 2][i % 2 * 2 + 1]));
-            const int row = i / 2 * 8 + lane_id() / 4, col = col0 + i % 2 * 8 + lane_id() % 4 * 2;
-            if (row < rows && col < CHANNELS) *reinterpret_cast<u32*>(dst + row * stride + col) = pair;
+            if (row + i / 2 * 8 < rows && (CHANNELS % 16 == 0 || col + i % 2 * 8 < CHANNELS)) {
+                *reinterpret_cast<u32*>(lane_dst + i / 2 * 8 * stride + i % 2 * 8) = pair;
+            }
         }
     } else {
         for_each(d, [&](int channel, int row, float& x) {
-            if (row < rows && col0 + channel < CHANNELS) dst[row * stride + col0 + channel] = from_f32<Element>(x);
+            if (row < rows && (CHANNELS % 16 == 0 || col0 + channel < CHANNELS)) {
+                dst[row * stride + col0 + channel] = from_f32<Element>(x);
+            }
         });
     }
 }

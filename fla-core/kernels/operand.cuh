@@ -31,16 +31,6 @@ struct OperandB {
     RegTileB<Half, ROWS, COLS> part[PARTS];
 };
 
-// The two numbers of a register that `pack2` made.
-template <class Half>
-__device__ float2 unpack2(u32 pair) {
-    if constexpr (same<Half, bf16>) {
-        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-    } else {
-        return {to_f32(Half{u16(pair & 0xffffu)}), to_f32(Half{u16(pair >> 16)})};
-    }
-}
-
 // A pair of f32 numbers as parts.
 template <class Half, int PARTS>
 __device__ void split2(u32 (&parts)[PARTS], float low, float high) {

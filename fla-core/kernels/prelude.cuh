@@ -16,6 +16,11 @@ inline constexpr float LOG2_E = 0x1.715476p+0f;  // log2(e), rounded to f32
 inline constexpr float LN_2 = 0x1.62e430p-1f;    // ln(2), rounded to f32
 inline constexpr u32 FULL_WARP = 0xffffffffu;
 
+template <class A, class B>
+inline constexpr bool same = false;
+template <class A>
+inline constexpr bool same<A, A> = true;
+
 // 16-bit floats are storage only: arithmetic happens in f32, and every narrowing is written out.
 struct alignas(2) bf16 {
     u16 bits;
@@ -74,6 +79,16 @@ __device__ inline u32 pack2<f16>(float low, float high) {
     return y;
 }
 
+// The two elements of a register.
+template <class T>
+__device__ float2 unpack2(u32 pair) {
+    if constexpr (same<T, bf16>) {
+        return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    } else {
+        return {to_f32(T{u16(pair & 0xffffu)}), to_f32(T{u16(pair >> 16)})};
+    }
+}
+
 // The lesser of two bf16 in each half.
 __device__ inline u32 min_bf16x2(u32 a, u32 b) {
     u32 y;
@@ -95,11 +110,6 @@ __device__ inline u32 shared_addr(const void* object) { return u32(__cvta_generi
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
-
-template <class A, class B>
-inline constexpr bool same = false;
-template <class A>
-inline constexpr bool same<A, A> = true;
 
 template <bool CONDITION, class A, class B>
 struct IfType {

@@ -1,4 +1,4 @@
-//! Operands in one part and two, loaded in every way, and products of them against loops.
+//! Operands in one part and two and in tf32, loaded in every way, and products of them against loops.
 
 #[path = "kernels/support.rs"]
 mod support;
@@ -18,7 +18,7 @@ const SOURCE: Source = Source { name: "fla/test/blocks.cu", text: include_str!("
 const ROWS: usize = 16;
 
 /// Results of the kernel.
-const RESULTS: usize = 7;
+const RESULTS: usize = 9;
 
 /// Twin of `fla::test::BlocksParams`.
 #[repr(C)]
@@ -111,18 +111,27 @@ impl Case {
         }
     }
 
-    /// y[i, j] = sum of `terms(i, j)`, pairs of factors.
+    /// What tf32 misses of a number, relative to it: its 11 significant bits hold those of 16-bit floats.
+    fn tf32_error(&self) -> f64 {
+        if self.dtype == DType::F32 { 0.5f64.powi(11) } else { 0.0 }
+    }
+
+    /// y[i, j] = sum of `terms(i, j)`, pairs of factors, as operands in parts.
     fn product(&self, terms: impl Fn(usize, usize) -> Vec<(f64, f64)>) -> Bounded {
         let operand = self.operand_error();
         // What both factors miss, and the product of low parts, each at most 2^-8 of its number.
         let low = if self.parts == 2 && !self.whole { 0.5f64.powi(16) } else { 0.0 };
-        let relative = (2.0 + operand) * operand + low;
+        Self::sums((2.0 + operand) * operand + low, self.parts * self.parts, terms)
+    }
+
+    /// The same with this relative error of a product, each of which is so many.
+    fn sums(relative: f64, products: usize, terms: impl Fn(usize, usize) -> Vec<(f64, f64)>) -> Bounded {
         let (mut value, mut error) = (Vec::new(), Vec::new());
         for (i, j) in (0..ROWS).flat_map(|i| (0..ROWS).map(move |j| (i, j))) {
             let terms = terms(i, j);
             let magnitude: f64 = terms.iter().map(|(x, y)| (x * y).abs()).sum();
             // Products of parts are exact; each addition may cut off a unit in the last place of the sum.
-            let additions = (self.parts * self.parts * terms.len() + 1) as f64 * f64::from(f32::EPSILON);
+            let additions = (products * terms.len() + 1) as f64 * f64::from(f32::EPSILON);
             value.push(terms.iter().map(|(x, y)| x * y).sum());
             error.push((relative + additions * (1.0 + relative)) * magnitude);
         }
@@ -141,7 +150,11 @@ impl Case {
         };
         let transposed = values(&|i, j| a(j, i), 0.0);
         let operand = values(&a, self.operand_error());
-        [over_cols(), over_cols(), over_rows(), over_rows(), tril, transposed, operand]
+        let tf32 = self.tf32_error();
+        let in_tf32 =
+            Self::sums((2.0 + tf32) * tf32, 1, |i, j| (0..ROWS).map(|l| (a(i, l), b(j, l))).collect());
+        let seen = values(&a, tf32);
+        [over_cols(), over_cols(), over_rows(), over_rows(), tril, transposed, operand, in_tf32, seen]
     }
 
     fn check<T: Poison>(&self, device: &Device, stream: &Arc<CudaStream>) -> Result<(), String> {

@@ -146,9 +146,326 @@ fn largest_divisor(n: usize, max: usize) -> usize {
     (0..=max.ilog2()).map(|i| max >> i).find(|divisor| n.is_multiple_of(*divisor)).unwrap_or(1)
 }
 
+/// Tokens of a chunk: one tile of the tensor cores.
+pub(crate) const CHUNK: usize = 16;
+
+/// What the chunk kernels are compiled for: everything but the choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkVariant {
+    pub(crate) arch: Arch,
+    pub(crate) dtype: DType,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+}
+
+/// Constants of a forward kernel that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkFwdConfig {
+    /// Value channels of a block, a multiple of 16: slices of V, whose columns of the state do not meet. A warp has 16.
+    pub(crate) bv: usize,
+    /// Warps that only make operands; with none those of the state make them.
+    pub(crate) prep_warps: usize,
+    /// Blocks that a multiprocessor has to have registers for.
+    pub(crate) min_blocks: u32,
+}
+
+/// Constants of a backward kernel that are a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkBwdConfig {
+    /// Value channels of a block, a multiple of 16.
+    pub(crate) bv: usize,
+    /// Chunks in shared memory or under way to it, 2 or 3.
+    pub(crate) stages: usize,
+    /// Blocks that a multiprocessor has to have registers for.
+    pub(crate) min_blocks: u32,
+}
+
+/// A choice with which a kernel may be compiled.
+pub(crate) trait ChunkChoice: Copy + std::fmt::Debug {
+    /// The choice that leaves more registers to a lane, for heads for which this one leaves too few: which these are, only the
+    /// assembler knows. None when there is no other.
+    fn with_more_registers(self) -> Option<Self>;
+}
+
+impl ChunkChoice for ChunkFwdConfig {
+    fn with_more_registers(self) -> Option<Self> {
+        match (self.min_blocks, self.prep_warps, self.bv) {
+            (2.., ..) => Some(Self { min_blocks: 1, ..self }),
+            (_, 0, ..=64) => Some(Self { prep_warps: 4, ..self }),
+            (_, _, 80..) => Some(Self { bv: 64, prep_warps: 4, ..self }),
+            _ => None,
+        }
+    }
+}
+
+impl ChunkChoice for ChunkBwdConfig {
+    fn with_more_registers(self) -> Option<Self> {
+        match (self.min_blocks, self.bv) {
+            (2.., _) => Some(Self { min_blocks: 1, ..self }),
+            (_, 17..) => Some(Self { bv: (self.bv / 2).next_multiple_of(16), ..self }),
+            _ => None,
+        }
+    }
+}
+
+/// What a forward kernel writes, beside the final state; `Segments` is for what segments of sequences do to a state that is
+/// zero, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChunkFwdWrites {
+    Output,
+    OutputAndStates,
+    States,
+    Segments,
+}
+
+impl ChunkFwdWrites {
+    pub(crate) const ALL: [Self; 4] = [Self::Output, Self::OutputAndStates, Self::States, Self::Segments];
+
+    pub(crate) const fn output(self) -> bool {
+        matches!(self, Self::Output | Self::OutputAndStates)
+    }
+
+    pub(crate) const fn states(self) -> bool {
+        matches!(self, Self::States | Self::OutputAndStates)
+    }
+}
+
+impl ChunkVariant {
+    /// Images in bf16 that make an operand of the tensor cores: of other types the sum of two, which is nearer than one.
+    pub(crate) fn parts(&self) -> usize {
+        if self.dtype == DType::Bf16 { 1 } else { 2 }
+    }
+
+    /// K and V as tiles cover them.
+    fn covered(&self) -> (usize, usize) {
+        (self.k.next_multiple_of(16), self.v.next_multiple_of(16))
+    }
+
+    /// Numbers of a saved state.
+    pub(crate) fn saved_state_len(&self) -> usize {
+        self.parts() * self.local_state_len()
+    }
+
+    /// Numbers of a state that a segment leaves.
+    pub(crate) fn local_state_len(&self) -> usize {
+        let (k, v) = self.covered();
+        k * v
+    }
+
+    /// Numbers of its decay.
+    pub(crate) fn local_decay_len(&self) -> usize {
+        self.covered().0
+    }
+
+    /// The fewest slices of V that have at most `max` channels each, alike.
+    fn bv(&self, max: usize) -> usize {
+        self.v.div_ceil(self.v.div_ceil(max)).next_multiple_of(16)
+    }
+
+    /// The choice for a forward pass: a warp for every 16 value channels, which holds K / 2 registers of state in each lane.
+    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkFwdConfig {
+        let bv = self.bv(128);
+        let is_small = self.parts() == 1 && self.k <= 64 && bv <= 64;
+        // 16 warps of a multiprocessor leave 128 registers to a lane, and 8 leave all that it can have.
+        let min_blocks = if is_small && self.arch == Arch::SM_90 { 4 } else { spare_blocks(bv / 16) };
+        let mut config = match self.k {
+            // Two parts and half of all registers for the state; other assemblers spill some bytes.
+            65.. if self.parts() == 2 && self.arch != Arch::SM_90 => {
+                ChunkFwdConfig { bv: self.bv(64), prep_warps: 4, min_blocks: 1 }
+            }
+            _ => ChunkFwdConfig { bv, prep_warps: 0, min_blocks },
+        };
+        while self.fwd_smem_bytes(&config) > smem_bytes && config.bv > 16 {
+            config.bv = (config.bv / 2).next_multiple_of(16);
+        }
+        config
+    }
+
+    /// The choice for a backward pass: a warp for every 16 key channels, which holds BV / 2 registers of gradients of the
+    /// state in each lane. Slices of V cost sums in device memory.
+    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkBwdConfig {
+        // Rows that end within a tile, and slices of V, take registers for their conditions; from sm_100 on so does more.
+        let is_even = [self.k, self.v].iter().all(|d| d.is_multiple_of(16));
+        let is_aligned = [self.k, self.v].iter().all(|d| d.is_multiple_of(4));
+        let is_newer = self.arch.major() >= 10;
+        let bv = self.bv(match (self.parts(), self.k) {
+            (1, 33..) if is_even && self.v <= 128 && !is_newer => 128,
+            (1, _) if is_even => 64,
+            (1, _) if is_newer => 16,
+            (1, _) => 48,
+            (_, 65..) if is_even && self.v <= 128 => 64,
+            _ if is_aligned => 32,
+            _ => 16,
+        });
+        let min_blocks = spare_blocks(self.covered().0 / 16);
+        let mut config = ChunkBwdConfig { bv, stages: 3, min_blocks };
+        while self.bwd_smem_bytes(&config) > smem_bytes {
+            match config {
+                ChunkBwdConfig { stages: 3, .. } => config.stages = 2,
+                ChunkBwdConfig { bv: 17.., .. } => config.bv = (config.bv / 2).next_multiple_of(16),
+                _ => break,
+            }
+        }
+        config
+    }
+
+    /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
+    pub(crate) fn fwd_smem_bytes(&self, config: &ChunkFwdConfig) -> usize {
+        let (k, _) = self.covered();
+        let operands =
+            Layout::default().with_many(2, block_tile(self.parts(), CHUNK, k)).with(channels(k)).finished();
+        Layout::default()
+            .with_many(2 * 3, self.token_tile(k))
+            .with_many(4, self.token_tile(config.bv))
+            .with_many(3, operands)
+            .with_many(2 * (k / 16) + 2, ACC_TILE)
+            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .with_many(2, channels(k))
+            .finished()
+            .bytes
+    }
+
+    /// Size of the backward kernel's shared memory.
+    pub(crate) fn bwd_smem_bytes(&self, config: &ChunkBwdConfig) -> usize {
+        let (k, _) = self.covered();
+        let stage = Layout::default()
+            .with_many(3, self.token_tile(k))
+            .with_many(2, self.token_tile(config.bv))
+            .finished();
+        Layout::default()
+            .with_many(config.stages, stage)
+            .with(Layout { bytes: 2 * self.parts() * k * config.bv * 2, align: 16 })
+            .with(block_tile(self.parts(), k, config.bv))
+            .with(block_tile(self.parts(), k, CHUNK))
+            .with_many(k / 16 + 1, ACC_TILE)
+            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .finished()
+            .bytes
+    }
+
+    /// `TokenTile`: 16 padded rows.
+    fn token_tile(&self, cols: usize) -> Layout {
+        let pad = if self.dtype == DType::F32 { (40 - cols % 32) % 32 } else { 8 };
+        Layout { bytes: CHUNK * (cols + pad) * self.dtype.bytes(), align: 16 }
+    }
+}
+
+/// Blocks of so many warps that a multiprocessor holds without taking a register from a lane.
+fn spare_blocks(warps: usize) -> u32 {
+    (8 / warps).max(1) as u32
+}
+
+/// Matrices that sum up log decays, `DecaySums`.
+const SUMS: usize = 6;
+
+/// `AccTile`: 16 by 16 numbers in f32.
+const ACC_TILE: Layout = Layout { bytes: CHUNK * CHUNK * 4, align: 16 };
+
+/// A number in f32 for each channel.
+const fn channels(count: usize) -> Layout {
+    Layout { bytes: count * 4, align: 16 }
+}
+
+/// `BlockTile`: blocks of 8 by 8 in bf16.
+const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
+    Layout { bytes: parts * rows * cols * 2, align: 128 }
+}
+
+/// Size and alignment of a struct of shared memory, member by member as the compiler lays it out.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    bytes: usize,
+    align: usize,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { bytes: 0, align: 1 }
+    }
+}
+
+impl Layout {
+    fn with(self, member: Self) -> Self {
+        let bytes = self.bytes.next_multiple_of(member.align) + member.bytes;
+        Self { bytes, align: self.align.max(member.align) }
+    }
+
+    fn with_many(self, count: usize, member: Self) -> Self {
+        (0..count).fold(self, |all, _| all.with(member))
+    }
+
+    fn finished(self) -> Self {
+        Self { bytes: self.bytes.next_multiple_of(self.align), ..self }
+    }
+}
+
+/// Shared memory that a block can ask for, for compiling without a device.
+pub(crate) const fn smem_bytes(arch: Arch) -> usize {
+    match (arch.major(), arch.minor()) {
+        (8, 0 | 7) => 163 << 10,
+        (8, _) | (12.., _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
+/// What a multiprocessor keeps for itself of the shared memory of each block.
+const RESERVED_SMEM_BYTES: usize = 1 << 10;
+
+/// Where long sequences are cut, so that few heads fill the GPU: segments of whole chunks, which blocks take side by side. The
+/// kernel then runs twice, first for what each segment does to a state.
+///
+/// Microseconds in bf16 on an H200:
+///
+/// | B, T, H, K = V | pass | whole | 4 segments | 8 | 16 |
+/// |---|---|---|---|---|---|
+/// | 1, 32768, 64, 64 | forward | 2480 | | 910 | 920 |
+/// | 1, 32768, 64, 64 | backward | 4500 | 1890 | 1880 | |
+/// | 8, 1024, 8, 64 | forward | 103 | | 71 | |
+/// | 8, 1024, 8, 64 | backward | 176 | 96 | 111 | |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segments {
+    /// Chunks of a segment, at least 1.
+    pub(crate) chunks: usize,
+    /// Segments of the longest sequence, at least 1.
+    pub(crate) count: usize,
+}
+
+impl Segments {
+    /// A segment has at least so many chunks: less is done before its state has been folded.
+    const MIN_CHUNKS: usize = 8;
+
+    /// A segment folds the states of all before it.
+    const MAX_COUNT: usize = 16;
+
+    /// The choice that fills `slots` blocks about once, for sequences of `chunks` chunks of which the longest has `longest`,
+    /// with `blocks` blocks for each of them.
+    pub(crate) fn new(chunks: usize, longest: usize, blocks: usize, slots: usize) -> Self {
+        // A share of all chunks is what a slot has to do in any case.
+        let wanted = longest.saturating_mul(slots) / chunks.saturating_mul(blocks).max(1);
+        let count = wanted.min(longest / Self::MIN_CHUNKS).clamp(1, Self::MAX_COUNT);
+        let chunks = longest.div_ceil(count).max(1);
+        Self { chunks, count: longest.div_ceil(chunks).max(1) }
+    }
+
+    /// Whether no sequence is cut.
+    pub(crate) const fn is_whole(&self) -> bool {
+        self.count == 1
+    }
+}
+
+/// Blocks that a GPU of `sm_count` multiprocessors holds, when one has registers for `min_blocks` of them, and so much shared
+/// memory for a block of which this one has so much.
+pub(crate) fn slots(sm_count: u32, min_blocks: u32, smem_bytes: usize, block_smem_bytes: usize) -> usize {
+    let of_smem = (smem_bytes + RESERVED_SMEM_BYTES) / (block_smem_bytes + RESERVED_SMEM_BYTES);
+    sm_count as usize * of_smem.clamp(1, min_blocks as usize)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::RecurrentFwdVariant;
+    use super::{
+        ChunkBwdConfig, ChunkChoice, ChunkFwdConfig, ChunkVariant, RecurrentFwdVariant, Segments, slots,
+        smem_bytes,
+    };
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -180,5 +497,91 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn chunk_choices_cover_every_head_and_fit_a_block() {
+        // The largest K for which everything fits, in one part and in two.
+        for (arch, max_k) in [
+            (Arch::SM_80, [128, 128]),
+            (Arch::new(8, 9), [128, 64]),
+            (Arch::SM_90, [128, 128]),
+            (Arch::new(12, 0), [128, 64]),
+        ] {
+            for (k, v) in (1..=128).flat_map(|d| [(d, d), (d, 64), (64, d), (128, d), (d, 256)]) {
+                for (dtype, max_k) in
+                    [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
+                {
+                    let variant = ChunkVariant { arch, dtype, k, v };
+                    let smem_bytes = smem_bytes(arch);
+                    let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
+                    for (bv, bytes) in
+                        [(fwd.bv, variant.fwd_smem_bytes(&fwd)), (bwd.bv, variant.bwd_smem_bytes(&bwd))]
+                    {
+                        let what = || format!("{arch} {variant:?} {fwd:?} {bwd:?}: {bytes} bytes");
+                        assert!(k > max_k || bytes <= smem_bytes, "{}", what());
+                        assert!(bv.is_multiple_of(16) && bv <= 128, "{}", what());
+                        let slices = v.div_ceil(bv);
+                        assert!(slices * bv >= v && (slices - 1) * bv < v, "{}", what());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_choice_ends_with_the_most_registers() {
+        let mut config = ChunkBwdConfig { bv: 112, stages: 3, min_blocks: 4 };
+        let mut seen = Vec::new();
+        while let Some(next) = config.with_more_registers() {
+            config = next;
+            seen.push((config.bv, config.min_blocks));
+        }
+        assert_eq!(seen, [(112, 1), (64, 1), (32, 1), (16, 1)]);
+        let mut config = ChunkFwdConfig { bv: 128, prep_warps: 0, min_blocks: 4 };
+        let mut seen = Vec::new();
+        while let Some(next) = config.with_more_registers() {
+            config = next;
+            seen.push((config.bv, config.prep_warps, config.min_blocks));
+        }
+        assert_eq!(seen, [(128, 0, 1), (64, 4, 1)]);
+    }
+
+    #[test]
+    fn few_heads_are_cut_into_segments() {
+        // Chunks of 16 tokens of dense sequences; blocks of a forward pass of 64 by 64 on an H200.
+        let count = |b: usize, t: usize, h: usize, slots: usize| {
+            let longest = t.div_ceil(16);
+            let segments = Segments::new(b * longest, longest, h, slots);
+            assert!(segments.chunks * segments.count >= longest, "{segments:?}");
+            assert!((segments.count - 1) * segments.chunks < longest.max(1), "{segments:?}");
+            segments.count
+        };
+        let (fwd, bwd) = (4 * 132, 2 * 132);
+        assert_eq!([fwd, bwd].map(|slots| count(8, 4096, 64, slots)), [1, 1]);
+        assert_eq!([fwd, bwd].map(|slots| count(1, 32768, 64, slots)), [8, 4]);
+        assert_eq!([fwd, bwd].map(|slots| count(8, 1024, 8, slots)), [8, 4]);
+        // Never many, and never short.
+        assert_eq!(count(1, 1 << 20, 1, fwd), 16);
+        assert_eq!([0, 1, 255, 256, 300].map(|t| count(1, t, 1, fwd)), [1, 1, 2, 2, 2]);
+        assert_eq!([0, 1, 240].map(|t| count(1, t, 1, fwd)), [1, 1, 1]);
+        assert_eq!(Segments::new(0, 0, 3, fwd), Segments { chunks: 1, count: 1 });
+        // One long sequence among short ones is cut: they leave the slots idle soon.
+        assert_eq!(Segments::new(2000 + 100, 2000, 8, fwd).count, 16);
+    }
+
+    #[test]
+    fn slots_are_what_registers_and_shared_memory_hold() {
+        assert_eq!(slots(132, 4, 227 << 10, 49152), 4 * 132);
+        assert_eq!(slots(132, 4, 99 << 10, 49152), 2 * 132);
+        assert_eq!(slots(132, 4, 227 << 10, 227 << 10), 132);
+    }
+
+    #[test]
+    fn saved_states_are_whole_tiles() {
+        let variant = |dtype, k, v| ChunkVariant { arch: Arch::SM_90, dtype, k, v };
+        assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
+        assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
+        assert_eq!(variant(DType::F32, 64, 64).local_state_len(), 64 * 64);
     }
 }

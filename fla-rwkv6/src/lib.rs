@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+mod chunk_bwd;
+mod chunk_fwd;
 mod recurrent_bwd;
 mod recurrent_fwd;
 
@@ -10,6 +12,10 @@ pub use fla_core::{
     check_slots, cudarc,
 };
 
+pub use crate::chunk_bwd::{ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkBwdResult, chunk_bwd};
+pub use crate::chunk_fwd::{
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, SavedStates, chunk_fwd,
+};
 pub use crate::recurrent_bwd::{
     RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
 };
@@ -22,7 +28,9 @@ pub use crate::recurrent_fwd::{
 /// heads of 64 and 128 channels in every dtype, and some uneven shapes.
 #[must_use]
 pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
-    let mut units = recurrent_fwd::units(arch);
+    let mut units = chunk_fwd::units(arch);
+    units.extend(chunk_bwd::units(arch));
+    units.extend(recurrent_fwd::units(arch));
     units.extend(recurrent_bwd::units(arch));
     units
 }

@@ -5,6 +5,8 @@
 //   y_4      = a_0 tril(b_0)^T
 //   y_5      = a_0^T       as a result
 //   y_6      = a_0         as what an operand stands for
+//   y_7      = a_0 b_0^T   in tf32
+//   y_8      = a_0         as what a product in tf32 sees
 //
 // Reference  none: building block test
 // Launch     grid 1, block 32
@@ -20,7 +22,7 @@ template <class T>
 struct BlocksParams {
     const T* a;  // [16, COLS]
     const T* b;  // [16, COLS]
-    float* y;    // [7, 16, 16]
+    float* y;    // [9, 16, 16]
 };
 
 template <class Cfg>
@@ -45,9 +47,9 @@ __device__ void blocks(const BlocksParams<typename Cfg::T>& p) {
     const auto put = [&](int i, Acc16 y) {
         for_each(y, [&](int row, int col, float& x) { p.y[(i * 16 + row) * 16 + col] = x; });
     };
-    Acc16 y[5];
+    Acc16 y[6];
     #pragma unroll
-    for (int i = 0; i < 5; ++i) zero(y[i]);
+    for (int i = 0; i < 6; ++i) zero(y[i]);
     #pragma unroll
     for (int col = 0; col < COLS; col += 16) {
         fla::mma<WHOLE>(y[0], load_a<PARTS>(s_a, col), load_b_transposed<PARTS>(s_b, col));
@@ -61,6 +63,10 @@ __device__ void blocks(const BlocksParams<typename Cfg::T>& p) {
     for (int i = 0; i < 5; ++i) put(i, y[i]);
     put(5, load_acc_transposed(s_a, 0));
     put(6, to_acc(load_a(s_a_blocks, 0, 0)));
+    const Acc16 a = round_tf32(load_acc(s_a, 0));
+    mma_tf32(y[5], a, round_tf32(load_acc(s_b, 0)));
+    put(7, y[5]);
+    put(8, cut_tf32(a));
 }
 
 }  // namespace fla::test

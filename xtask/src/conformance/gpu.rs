@@ -56,6 +56,7 @@ impl Gpu {
             (Op::GatedDelta, Form::Recurrent) => gated_delta::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Recurrent) => dplr::recurrent::<T>(self, case)?,
             (Op::Dplr, Form::Chunk) => dplr::chunk::<T>(self, case)?,
+            (Op::Rwkv6, Form::Chunk) => rwkv6::chunk::<T>(self, case)?,
             (Op::Rwkv6, Form::Recurrent) => rwkv6::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Recurrent) => rwkv7::recurrent::<T>(self, case)?,
             (Op::Rwkv7, Form::Chunk) => rwkv7::chunk::<T>(self, case)?,

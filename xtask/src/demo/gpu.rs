@@ -276,10 +276,11 @@ impl GpuMemory for GatedDelta {
 
 /// Starts RWKV-6.
 pub(super) fn rwkv6(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
-    Ok(Box::new(Rwkv6(Resident { gpu: gpu.clone(), state: None })))
+    Ok(Box::new(Rwkv6(Resident { gpu: gpu.clone(), state: None }, None)))
 }
 
-struct Rwkv6(Resident);
+/// Token by token, and the state of the chunk pass.
+struct Rwkv6(Resident, Option<CudaSlice<f32>>);
 
 impl GpuMemory for Rwkv6 {
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
@@ -304,6 +305,19 @@ impl GpuMemory for Rwkv6 {
             let mut y = fla_rwkv6::RecurrentFwdOutputs { o, final_state, token_states: None };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
+    }
+
+    fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        let gpu = &self.0.gpu;
+        let gates = Rwkv6Gates::new(segment);
+        let (k, v) = (&gpu.upload(segment.keys())?, &gpu.upload(&segment.weighted_values)?);
+        let (w, u) = (&gpu.upload(&gates.w)?, &gpu.upload(&gates.u)?);
+        let initial_state = self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+        let x = fla_rwkv6::ChunkFwdInputs { r: k, k, v, w, u, initial_state };
+        let options = fla_rwkv6::ChunkFwdOptions::new(1.0);
+        let y = fla_rwkv6::chunk_fwd(&gpu.device, &shape(segment.t()), &x, &options)?;
+        self.1 = Some(y.final_state);
+        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
     }
 }
 
