@@ -204,7 +204,7 @@ impl<T: Element> ChunkFwd<T> {
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape);
         let smem_bytes = device.smem_bytes() as usize;
-        let config = variant.fwd(smem_bytes);
+        let config = variant.fwd(writes, smem_bytes);
         let block_smem_bytes = variant.fwd_smem_bytes(&config);
         check_smem(device, shape, block_smem_bytes)?;
         let cut = ChunkCut::new(device, shape)?;
@@ -216,7 +216,7 @@ impl<T: Element> ChunkFwd<T> {
         let mut launches = Vec::new();
         for writes in of_segments.into_iter().chain([writes]) {
             let kernel = |config: &ChunkFwdConfig| device.kernel(&unit::<T>(&variant, config, writes));
-            let (kernel, config) = with_registers(&config, kernel)?;
+            let (kernel, config) = with_registers(&variant.fwd(writes, smem_bytes), kernel)?;
             let grid = grid(shape, shape.v.div_ceil(config.bv).saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
@@ -547,8 +547,7 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 /// The kernels for heads of K by V in this type.
 fn all_units<T: Element>(arch: Arch, (k, v): (usize, usize), smem_bytes: usize) -> [Unit; 4] {
     let variant = ChunkVariant { arch, dtype: T::DTYPE, k, v };
-    let config = variant.fwd(smem_bytes);
-    ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &config, writes))
+    ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &variant.fwd(writes, smem_bytes), writes))
 }
 
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkFwdConfig, writes: ChunkFwdWrites) -> Unit {
