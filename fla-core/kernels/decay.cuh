@@ -18,14 +18,15 @@ namespace fla {
 // that cancel in the gradient of a decay, rounding of f32 is left, which is to be small beside e^-STEP.
 inline constexpr float SPAN = 48.0f, STEP = 8.0f;
 
-// The references. CENTRED: the middle of the chunk. EXACT: what reads counts from the chunk's start, what writes to its end.
+// The references. CENTRED: the middle of the chunk. STARTED: its start, where a state stands, at twice the span. EXACT: what
+// reads counts from the chunk's start, what writes to its end.
 // LEVEL + i: between the halves of each block of 16 >> i tokens.
-enum Mode { CENTRED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
+enum Mode { CENTRED, STARTED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
 
 // Whether the pair of a reading and a writing token belongs to a mode that has pairs. Of a pair of one token, only queries
 // read what it writes.
 __device__ inline bool is_pair(int mode, int reads, int writes, bool is_q) {
-    if (mode == CENTRED) return reads > writes || (is_q && reads == writes);
+    if (mode <= STARTED) return reads > writes || (is_q && reads == writes);
     if (mode == DIAGONAL) return is_q && reads == writes;
     // The highest bit in which the tokens differ says where they part.
     const int half = CHUNK / 2 >> (mode - LEVEL), differ = reads ^ writes;
@@ -43,6 +44,8 @@ struct DecaySigns {
             const int to_reference = of < CHUNK / 2;
             incl -= to_reference;
             excl -= to_reference;
+            back = -incl;
+        } else if (mode == STARTED) {
             back = -incl;
         } else if (mode == DIAGONAL) {
             incl = excl = back = 0;

@@ -1,10 +1,10 @@
 // chunk_fwd: the DPLR delta rule in chunks of 16 tokens, on tensor cores.
 //
-// With the operands of a chunk as `chunk_prep.cuh` makes them, and the state S' at the chunk's reference, [V, K]:
+// With the operands of a chunk as `chunk_prep.cuh` makes them, and the state S at the chunk's start, [V, K]:
 //
-//   u  = T (aa S'^T + A_ak v)              (4)
-//   o  = qq S'^T + A_qk v + A_qb u         (5)
-//   S' += v^T kk + u^T bb                  (6)
+//   u  = T (aa S^T + A_ak v)              (4)
+//   o  = qq S^T + A_qk v + A_qb u         (5)
+//   S <- e^{G_15} (S + v^T kk + u^T bb)    (6)
 //
 // A state's rows, one for each value channel, never meet: a warp has some of them in registers from the first chunk to the
 // last, as the accumulators of (6), which are the left operands of (4) and (5) as they lie.
@@ -38,7 +38,7 @@ struct ChunkFwdParams {
     const i64* chunk_offsets;    // [N + 1]       chunks before each sequence; null: dense
     Element* o;                  // [B, T, H, V]  unused without OUTPUT
     float* final_state;          // [N, H, K, V]  null: not wanted
-    u16* states;                 // [NT, H, PARTS, V / 16, K / 16, 4, 8, 8]  S' of every chunk, with KEEP_STATES
+    u16* states;                 // [NT, H, V * (K + C) * PARTS]  `SavedChunk`s, with KEEP_STATES
     i64 n;
     i64 t;
     i32 h;
@@ -66,6 +66,7 @@ template <class Cfg>
 struct ChunkFwdShared {
     ChunkStage<Cfg> stages[Cfg::STAGES];
     ChunkPrep<Cfg> prep;
+    ChunkWork<Cfg> work;  // here, as it would take registers from every kind of warp
 };
 
 template <ChunkFwdConfig Cfg>
@@ -73,9 +74,12 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
     constexpr int K = Cfg::K, V = Cfg::V, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
     constexpr int CONSUMERS = BV / Cfg::STATE_ROWS, M = Cfg::STATE_ROWS / 16, HEAD = PREP_WARPS<Cfg>;
+    constexpr bool HOLDS = P * KP<Cfg> <= 64;
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdShared<Cfg>*>(s_bytes);
-    const ChunkWork<Cfg> work(p);
+    const ChunkWork<Cfg>& work = s.work;
+    if (threadIdx.x == 0) s.work = ChunkWork<Cfg>(p, blockIdx.x);
+    __syncthreads();  // work is there
     init_prep(s.prep, p, (work.bos * p.h + work.i_h) * Cfg::K);
     __syncthreads();  // prep is ready
     const int i_warp = threadIdx.x / 32;
@@ -83,10 +87,10 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
 
     if (i_warp < HEAD) {
         const i64 at_v = (work.bos * p.h + work.i_h) * V + work.v0;
-        const auto load = [&](ChunkStage<Cfg>& stage, int i_chunk, int rows, int i_thread) {
-            load_k_tokens(stage, s.prep, i_chunk * (C * i64(stride_k)), stride_k, rows, i_thread);
+        const auto load = [&](ChunkStage<Cfg>& stage, int i_chunk, int rows) {
+            load_k_tokens(stage, s.prep, i_chunk * (C * i64(stride_k)), stride_k, rows);
             load_tokens<V, 32>(
-                stage.v, p.v + at_v + i_chunk * (C * i64(stride_v)), stride_v, rows, V - work.v0, i_thread
+                stage.v, p.v + at_v + i_chunk * (C * i64(stride_v)), stride_v, rows, V - work.v0, lane_id()
             );
         };
         prepare_chunks<Cfg, false, CONSUMERS, CONSUMERS>(s.stages, s.prep, work.chunks, p.scale, load);
@@ -94,49 +98,46 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     }
 
     // In the tiles, and of the head.
-    const int col_v = Cfg::STATE_ROWS * (i_warp - HEAD), v0 = work.v0 + col_v;
-    const i64 at_state = (work.i_n * p.h + work.i_h) * K * V;
+    const int col_v = Cfg::STATE_ROWS * (i_warp - HEAD), v0 = (V > BV ? work.v0 : 0) + col_v;
+    const auto at_state = [&] { return (work.i_n * p.h + work.i_h) * K * V; };
     StateRows<Cfg> r_state;
     zero<Cfg>(r_state);
     if (p.initial_state != nullptr) {
-        for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { x = p.initial_state[at_state + i]; });
+        for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { x = p.initial_state[at_state() + i]; });
     }
-    Element* o_chunk = p.o + (work.bos * p.h + work.i_h) * V;
-    auto* image = reinterpret_cast<StateImage<Cfg>*>(p.states) + (work.first_chunk * p.h + work.i_h);
+    auto* saved = reinterpret_cast<SavedChunk<Cfg>*>(p.states) + (work.first_chunk * p.h + work.i_h);
     for (int i = 0; i < work.chunks.count; ++i) {
         const ChunkStage<Cfg>& stage = s.stages[i % STAGES];
-        bar_sync(FULL<Cfg> + i % STAGES, 32 * (1 + Cfg::SCALE_WARPS + CONSUMERS));
-        const bool exact = stage.is_exact();
+        bar_sync(FULL<Cfg> + i % TURNS<Cfg>, 32 * (GROUP_WARPS<Cfg> + CONSUMERS));
         const FragB<P> ak = load_b_transposed(stage.ak, 0, 0), t = load_b_transposed(stage.t, 0, 0);
-        // (4) to (6), transposed: channels are rows and tokens are columns
+        // (4) to (6), transposed: channels are rows and tokens are columns. The state as it is read stays as long as there are
+        // registers for it, so that outputs are work for the time that a product of the chain takes.
         Acc16 u[M], o[M];
-        FragA<P> v[M];
-        scale_state<Cfg>(r_state, stage.scale);
+        FragA<P> v[M], state[M][HOLDS ? KP<Cfg> / 16 : 1];
         #pragma unroll
         for (int m = 0; m < M; ++m) {
             v[m] = load_a_transposed<P>(stage.v, col_v + 16 * m);
             zero(u[m]);
             zero(o[m]);
+            mma(u[m], v[m], ak);
         }
         #pragma unroll
         for (int j = 0; j < KP<Cfg> / 16; ++j) {
             const FragB<P> aa = load_b_transposed(stage.aa, 0, 16 * j);
             FragB<P> qq;
-            if constexpr (Cfg::OUTPUT) qq = load_b_transposed(stage.qq, 0, 16 * j);
+            if constexpr (Cfg::OUTPUT && !HOLDS) qq = load_b_transposed(stage.qq, 0, 16 * j);
             #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const FragA<P> state = to_a<P>(r_state[m][j]);
-                mma(u[m], state, aa);
-                if constexpr (Cfg::OUTPUT) mma(o[m], state, qq);
+                FragA<P>& read = state[m][HOLDS ? j : 0];
+                read = to_a<P>(r_state[m][j]);
+                mma(u[m], read, aa);
+                if constexpr (Cfg::OUTPUT && !HOLDS) mma(o[m], read, qq);
                 if constexpr (Cfg::KEEP_STATES) {
-                    if (V % Cfg::STATE_ROWS == 0 || v0 + 16 * m < V) store_a(*image, v0 + 16 * m, 16 * j, state);
+                    if (V % BV == 0 || v0 + 16 * m < V) store_a(saved->state, v0 + 16 * m, 16 * j, read);
                 }
             }
         }
-        #pragma unroll
-        for (int m = 0; m < M; ++m) mma(u[m], v[m], ak);
-        if (exact) scale_state<Cfg>(r_state, stage.last);
-        // The tokens' own writes are work for the time that a product of the chain takes.
+        if (stage.is_exact()) scale_state<Cfg>(r_state, stage.between);
         #pragma unroll
         for (int j = 0; j < KP<Cfg> / 16; ++j) {
             const FragB<P> kk = load_b(stage.kk, 0, 16 * j);
@@ -149,7 +150,26 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             const FragA<P> rhs = to_a<P>(u[m]);
             zero(u[m]);
             mma(u[m], rhs, t);
+        }
+        if constexpr (Cfg::OUTPUT) {
+            const FragB<P> qk = load_b_transposed(stage.qk, 0, 0);
+            #pragma unroll
+            for (int m = 0; m < M; ++m) mma(o[m], v[m], qk);
+            if constexpr (HOLDS) {
+                #pragma unroll
+                for (int j = 0; j < KP<Cfg> / 16; ++j) {
+                    const FragB<P> qq = load_b_transposed(stage.qq, 0, 16 * j);
+                    #pragma unroll
+                    for (int m = 0; m < M; ++m) mma(o[m], state[m][j], qq);
+                }
+            }
+        }
+        #pragma unroll
+        for (int m = 0; m < M; ++m) {
             r_u[m] = to_a<P>(u[m]);
+            if constexpr (Cfg::KEEP_STATES) {
+                if (V % BV == 0 || v0 + 16 * m < V) store_a(saved->u, v0 + 16 * m, 0, r_u[m]);
+            }
         }
         #pragma unroll
         for (int j = 0; j < KP<Cfg> / 16; ++j) {
@@ -158,27 +178,22 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             for (int m = 0; m < M; ++m) mma(r_state[m][j], r_u[m], bb);
         }
         if constexpr (Cfg::OUTPUT) {
-            const FragB<P> qk = load_b_transposed(stage.qk, 0, 0), qb = load_b_transposed(stage.qb, 0, 0);
+            const FragB<P> qb = load_b_transposed(stage.qb, 0, 0);
             #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                mma(o[m], v[m], qk);
-                mma(o[m], r_u[m], qb);
-            }
+            for (int m = 0; m < M; ++m) mma(o[m], r_u[m], qb);
         }
-        if (!exact) scale_state<Cfg>(r_state, stage.last);
-        if (i + STAGES < work.chunks.count) bar_arrive(EMPTY<Cfg> + i % STAGES, 32 * (1 + CONSUMERS));
+        scale_state<Cfg>(r_state, stage.decay);
+        if (i + TURNS<Cfg> < work.chunks.count) bar_arrive(EMPTY<Cfg> + i % TURNS<Cfg>, 32 * (1 + CONSUMERS));
 
         if constexpr (Cfg::OUTPUT) {
+            Element* dst = p.o + ((work.bos + i64(i) * C) * p.h + work.i_h) * V;
             #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                store_transposed<V>(o_chunk, stride_v, o[m], v0 + 16 * m, work.chunks.rows(i));
-            }
-            o_chunk += C * i64(stride_v);
+            for (int m = 0; m < M; ++m) store_rows<V>(dst, stride_v, o[m], v0 + 16 * m, work.chunks.rows(i));
         }
-        if constexpr (Cfg::KEEP_STATES) image += p.h;
+        if constexpr (Cfg::KEEP_STATES) saved += p.h;
     }
     if (p.final_state != nullptr) {
-        for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { p.final_state[at_state + i] = x; });
+        for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { p.final_state[at_state() + i] = x; });
     }
 }
 

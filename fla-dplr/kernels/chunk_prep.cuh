@@ -1,18 +1,17 @@
 // chunk_prep: what a chunk's tokens are to the state, made by some warps of a block ahead of those that carry the state.
 //
-// With G the inclusive cumulative log decay of a chunk of 16 tokens and m a reference for each channel:
+// With G the inclusive cumulative log decay of a chunk of 16 tokens, from its start:
 //
-//   qq = scale q e^{G - m}     aa = a e^{G - g - m}     kk = k e^{m - G}     bb = b e^{m - G}            (1)
+//   qq = scale q e^G     aa = a e^{G - g}     kk = k e^{-G}     bb = b e^{-G}                            (1)
 //   A_ab = stril(aa bb^T)      A_ak = stril(aa kk^T)    A_qk = tril(qq kk^T)    A_qb = tril(qq bb^T)     (2)
 //   T = (I - A_ab)^-1                                                                                    (3)
 //
-// With S' = S e^m, the state at the reference, the chunk reads S' through qq and aa, adds to it through kk and bb, and
-// leaves S_next = S' e^{G_15 - m}. The reference is G after the eighth token: no factor is above e^{span}, where span is the
-// larger decay of the two halves, and bf16 has the range of f32.
+// The chunk reads the state S at its start through qq and aa, adds to it through kk and bb, and leaves it e^{G_15} times that.
+// No factor is above e^{-G_15}, and bf16 has the range of f32.
 //
-// Where a channel of the chunk decays by more than e^-SPAN in a half, or than e^-STEP in a token, all of the chunk takes the
-// exact form: factors of reading are e^G and e^{G - g}, those of writing e^{G_15 - G}, none above 1, and the state is
-// multiplied by e^{G_15} between. (2) is then put together of levels: pairs of tokens in the two halves of the chunk, in the
+// Where a channel of the chunk decays by more than e^-CHUNK_SPAN, or than e^-STEP in a token, all of the chunk takes the
+// exact form: factors of writing are e^{G_15 - G}, so that none is above 1, and the state is multiplied by e^{G_15} between
+// reading and writing. (2) is then put together of levels: pairs of tokens in the two halves of the chunk, in the
 // two halves of a half and so on, each with its reference between the halves, where again no factor is above 1; and the
 // diagonal, where there is none. Nothing overflows, and nothing is a difference of larger numbers.
 #pragma once
@@ -31,27 +30,43 @@ namespace fla::dplr {
 
 inline constexpr int C = CHUNK;  // tokens of a chunk
 
+// Decay of a chunk, in nats, up to which its start will do as the one reference.
+inline constexpr float CHUNK_SPAN = 64.0f;
+
 // RWKV-7's bound on the log decay: w = -e^{-1/2} sigmoid(raw).
 inline constexpr float RAW_DECAY_SCALE = -0.60653065971263342f;
 
 // The products of (2).
 enum Score { QK, QB, AK, AB, NONE };
 
-// Named barriers. The block has met at 0 before the warps part, and not after.
+// Warps that prepare chunks: groups that take turns, each of SCALE_WARPS for (1) and (2) and one that inverts; and one that
+// loads for all of them, unless those that invert do.
+template <class Cfg>
+inline constexpr int GROUP_WARPS = Cfg::SCALE_WARPS + 1;
+template <class Cfg>
+inline constexpr int PREP_WARPS = Cfg::PREP_GROUPS * GROUP_WARPS<Cfg> + Cfg::LOAD_WARP;
+
+// Whether a group loads a chunk while it works on the one before: if there is room beside those that others work on.
+template <class Cfg>
+inline constexpr int AHEAD = !Cfg::LOAD_WARP && Cfg::STAGES > 2 * Cfg::PREP_GROUPS ? 1 : 0;
+
+// Chunks whose copies the warp that loads has under way.
+template <class Cfg>
+inline constexpr int COPIES = max(Cfg::STAGES / 2, 1);
+
+// Named barriers. The block has met at 0 before the warps part, and not after. When a group arrives at FULL, room has been
+// waited for of as many chunks after its own as EARLY says, so fewer barriers than stages will do.
+template <class Cfg>
+inline constexpr int EARLY = Cfg::LOAD_WARP ? COPIES<Cfg> - 1 : AHEAD<Cfg> * Cfg::PREP_GROUPS;
+template <class Cfg>
+inline constexpr int TURNS = Cfg::STAGES - EARLY<Cfg>;
 inline constexpr int LOADED = 0;
 template <class Cfg>
 inline constexpr int SCALED = LOADED + Cfg::PREP_GROUPS;
 template <class Cfg>
 inline constexpr int FULL = SCALED<Cfg> + Cfg::PREP_GROUPS;
 template <class Cfg>
-inline constexpr int EMPTY = FULL<Cfg> + Cfg::STAGES;
-
-// Warps that prepare chunks: groups that take turns, each of SCALE_WARPS for (1) and (2) and one that inverts; and one that
-// loads for all of them, unless a single group's inverting warp does it.
-template <class Cfg>
-inline constexpr int GROUP_WARPS = Cfg::SCALE_WARPS + 1;
-template <class Cfg>
-inline constexpr int PREP_WARPS = Cfg::PREP_GROUPS * GROUP_WARPS<Cfg> + Cfg::LOAD_WARP;
+inline constexpr int EMPTY = FULL<Cfg> + TURNS<Cfg>;
 
 template <class Cfg>
 inline constexpr int PARTS = OPERAND_PARTS<typename Cfg::Element>;
@@ -79,8 +94,8 @@ struct ChunkStage {
     TokenTile<Element, Cfg::BV> v;
     BlockTile<PARTS<Cfg>, C, KP<Cfg>> qq, kk, aa, bb;
     BlockTile<PARTS<Cfg>, C, C> ak, qk, qb, t;
-    float scale[KP<Cfg>];   // from the near end of the chunk in the walk to its reference
-    float last[KP<Cfg>];    // from the reference to the far end; in the exact form between reading and writing
+    float decay[KP<Cfg>];    // e^{G_15}; in the exact form 1
+    float between[KP<Cfg>];  // e^{G_15}, in the exact form
     Words<4> wide;  // whether a channel of this warp asks for the exact form; as many as there are such warps
 
     __device__ bool is_exact() const {
@@ -92,18 +107,19 @@ struct ChunkStage {
     }
 };
 
-// Which log decays a token sums up, as matrices of -1, 0 and 1.
+// Which log decays a token sums up, as matrices of -1, 0 and 1, for the modes from EXACT on. STARTED sums up as EXACT, but
+// for `back`, which is -incl.
 struct DecaySums {
-    BlockTile<1, C, C> incl[MODES];  // from the reference to after the token
-    BlockTile<1, C, C> excl[MODES];  // from the reference to before the token
-    BlockTile<1, C, C> back[MODES];  // from after the token to the reference, or with EXACT to the end
+    BlockTile<1, C, C> incl[MODES - EXACT];  // from the reference to after the token
+    BlockTile<1, C, C> excl[MODES - EXACT];  // from the reference to before the token
+    BlockTile<1, C, C> back[MODES - EXACT];  // from after the token to the reference, or with EXACT to the end
     BlockTile<1, C, C> pairs[MODES - LEVEL];  // `is_pair` of q as bits, all or none
 
     __device__ void init(int mode, int row, int col) {
         const DecaySigns signs(mode, row, col);
-        incl[mode].set(row, col, signs.incl);
-        excl[mode].set(row, col, signs.excl);
-        back[mode].set(row, col, signs.back);
+        incl[mode - EXACT].set(row, col, signs.incl);
+        excl[mode - EXACT].set(row, col, signs.excl);
+        back[mode - EXACT].set(row, col, signs.back);
         if (mode >= LEVEL) pairs[mode - LEVEL].set_bits(row, col, is_pair(mode, row, col, true) ? 0xffff : 0);
     }
 };
@@ -125,7 +141,7 @@ __device__ void init_prep(ChunkPrep<Cfg>& s, const Params& p, i64 at) {
         s.tokens[3] = p.b + at;
         s.tokens[4] = p.g + at;
     }
-    for (int i = threadIdx.x; i < MODES * C * C; i += blockDim.x) s.sums.init(i / (C * C), i / C % C, i % C);
+    for (int i = threadIdx.x; i < (MODES - EXACT) * C * C; i += blockDim.x) s.sums.init(EXACT + i / (C * C), i / C % C, i % C);
 }
 
 // Parts that hold a log decay: a sum of them must be as good as one in f32.
@@ -162,17 +178,19 @@ struct Decays {
 template <int P>
 __device__ Decays sum_decays(const DecaySums& s, const FragB<P>& g, int mode) {
     Decays d;
+    const int i = max(mode, int(EXACT)) - EXACT;
     zero(d.incl);
     zero(d.excl);
     zero(d.back);
-    mma(d.incl, load_a(s.incl[mode], 0, 0), g);
-    mma(d.excl, load_a(s.excl[mode], 0, 0), g);
-    mma(d.back, load_a(s.back[mode], 0, 0), g);
+    mma(d.incl, load_a(s.incl[i], 0, 0), g);
+    mma(d.excl, load_a(s.excl[i], 0, 0), g);
+    if (mode == STARTED) d.back = -1.0f * d.incl;
+    else mma(d.back, load_a(s.back[i], 0, 0), g);
     return d;
 }
 
 // (1) for 16 channels. Returns whether the decay is too wide for one reference.
-template <bool REVERSE, class Cfg, class Stage>
+template <class Cfg, class Stage>
 __device__ bool scale_slice(Stage& stage, const DecaySums& s_sums, int col0, int rows, float scale, int mode) {
     constexpr int P = PARTS<Cfg>;
     // All loads first: they take longer than what is done with any of them.
@@ -197,24 +215,24 @@ __device__ bool scale_slice(Stage& stage, const DecaySums& s_sums, int col0, int
     store_a(stage.bb, 0, col0, to_a<P>(b));
 
     if (mode >= LEVEL) return false;
-    // Edges of the chunk, for the lane's four channels 8 n + 2 t + e at [2 n + e]. Lanes of g = 0 and 1 have one vector each.
-    const int i_vector = lane_id() / 4;
+    // The last token's G, for the lane's four channels 8 n + 2 t + e at [2 n + e].
     bool is_wide = false;
     float x[4];
     #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        // From the start of the chunk to the reference, and from there to the end. With EXACT, `first` is 0: the state stands
-        // at the start until it is read, and at the end when it is written.
-        const float first = -__shfl_sync(FULL_WARP, d.excl.at[i / 2][i % 2], lane_id() % 4);
         const float last = __shfl_sync(FULL_WARP, d.incl.at[i / 2][2 + i % 2], 28 + lane_id() % 4);
-        is_wide |= min(first, last) < -SPAN;
-        const float near = mode == EXACT ? 0.0f : REVERSE ? last : first, far = REVERSE && mode != EXACT ? first : last;
-        x[i] = exp_approx(i_vector == 0 ? near : far);
+        is_wide |= last < -CHUNK_SPAN;
+        x[i] = exp_approx(last);
     }
-    if (i_vector < 2) {
-        float* vector = (i_vector == 0 ? stage.scale : stage.last) + col0 + 2 * (lane_id() % 4);
-        *reinterpret_cast<float2*>(vector) = {x[0], x[1]};
-        *reinterpret_cast<float2*>(vector + 8) = {x[2], x[3]};
+    if (lane_id() < 4) {
+        const int col = col0 + 2 * lane_id();
+        float* decay = (mode == EXACT ? stage.between : stage.decay) + col;
+        *reinterpret_cast<float2*>(decay) = {x[0], x[1]};
+        *reinterpret_cast<float2*>(decay + 8) = {x[2], x[3]};
+        if (mode == EXACT) {
+            *reinterpret_cast<float2*>(stage.decay + col) = {1.0f, 1.0f};
+            *reinterpret_cast<float2*>(stage.decay + col + 8) = {1.0f, 1.0f};
+        }
     }
     return is_wide || has_step(g);
 }
@@ -233,81 +251,84 @@ __device__ Acc16 dot_rows(const BlockTile<P, C, COLS>& a, const BlockTile<P, C, 
 
 // Copies what every chunk pass reads of K channels. A loop, as instructions are what there is too much of.
 template <class Cfg, class Stage>
-__device__ void load_k_tokens(Stage& stage, const ChunkPrep<Cfg>& s, i64 first, i32 stride, int rows, int i_thread) {
+__device__ void load_k_tokens(Stage& stage, const ChunkPrep<Cfg>& s, i64 first, i32 stride, int rows) {
     #pragma unroll 1
     for (int i = 0; i < 5; ++i) {
-        load_tokens<Cfg::K, 32>((&stage.q)[i], s.tokens[i] + first, stride, rows, Cfg::K, i_thread);
+        load_tokens<Cfg::K, 32>((&stage.q)[i], s.tokens[i] + first, stride, rows, Cfg::K, lane_id());
     }
 }
 
-// The walk of the warps that prepare. `load(stage, i_chunk, rows, i_thread)` starts the copies of a chunk by one warp. WAITERS
-// warps wait for a chunk at FULL + stage, and CONSUMERS arrive at EMPTY + stage when they are through, if it is filled again.
+// The walk of the warps that prepare. The one that inverts starts the copies of a chunk by `load(stage, i_chunk, rows)`. WAITERS
+// warps wait for a chunk at FULL, and CONSUMERS arrive at EMPTY when they are through, if TURNS chunks later there is another;
+// each with the chunk's number modulo TURNS.
 template <class Cfg, bool REVERSE, int WAITERS, int CONSUMERS, class Stage, class Load>
 __device__ void prepare_chunks(
     Stage (&stages)[Cfg::STAGES], ChunkPrep<Cfg>& s, const Chunks& chunks, float scale, Load load
 ) {
-    constexpr int STAGES = Cfg::STAGES, SCALE_WARPS = Cfg::SCALE_WARPS;
-    // Chunks whose copies are under way. A warp that also inverts must not wait for room that its own chunk has to make.
-    constexpr int AHEAD = min(STAGES - int(!Cfg::LOAD_WARP), max(STAGES / 2, 1));
+    constexpr int STAGES = Cfg::STAGES, SCALE_WARPS = Cfg::SCALE_WARPS, GROUPS = Cfg::PREP_GROUPS;
     constexpr int P = PARTS<Cfg>;
     static_assert(SCALE_WARPS == 3 || SCALE_WARPS == 4, "three of (2) are theirs");
+    static_assert(STAGES % GROUPS == 0 || GROUPS == 1, "a stage is always the same group's");
     const int i_warp = threadIdx.x / 32;
     const auto chunk_at = [&](int i) { return REVERSE ? chunks.count - 1 - i : i; };
     const auto fetch = [&](int i) {
-        if (i < chunks.count) {
-            if (i >= STAGES) bar_sync(EMPTY<Cfg> + i % STAGES, 32 * (1 + CONSUMERS));
-            load(stages[i % STAGES], chunk_at(i), chunks.rows(chunk_at(i)), lane_id());
+        if (i >= STAGES && i - EARLY<Cfg> < chunks.count) {
+            bar_sync(EMPTY<Cfg> + (i - STAGES) % TURNS<Cfg>, 32 * (1 + CONSUMERS));
         }
+        if (i < chunks.count) load(stages[i % STAGES], chunk_at(i), chunks.rows(chunk_at(i)));
         cp_async_commit_group();
     };
-    static_assert(Cfg::LOAD_WARP || Cfg::PREP_GROUPS == 1, "one warp loads");
-    static_assert(STAGES % Cfg::PREP_GROUPS == 0, "a stage is always the same group's");
-    const bool loads = i_warp == PREP_WARPS<Cfg> - 1;
-    if (loads) {
-        #pragma unroll 1
-        for (int i = 0; i < AHEAD; ++i) fetch(i);
+    if constexpr (Cfg::LOAD_WARP) {
+        if (i_warp == PREP_WARPS<Cfg> - 1) {
+            #pragma unroll 1
+            for (int i = 0; i < COPIES<Cfg>; ++i) fetch(i);
+            for (int i = 0; i < chunks.count; ++i) {
+                cp_async_wait_group<COPIES<Cfg> - 1>();
+                bar_sync(LOADED + i % GROUPS, 32 * GROUP_WARPS<Cfg>);
+                fetch(i + COPIES<Cfg>);
+            }
+            return;
+        }
     }
-    const auto wait_for = [&](int i) {
-        if constexpr (AHEAD == 0) fetch(i);
-        cp_async_wait_group<max(AHEAD - 1, 0)>();
-        bar_sync(LOADED + i % Cfg::PREP_GROUPS, 32 * (1 + SCALE_WARPS));
-        // Last, as it may have to wait for room.
-        if constexpr (AHEAD > 0) fetch(i + AHEAD);
-    };
-    if (loads && Cfg::LOAD_WARP) {
-        for (int i = 0; i < chunks.count; ++i) wait_for(i);
-        return;
-    }
-    // Each of (2) is a warp's.
     const int i_group = i_warp / GROUP_WARPS<Cfg>, i_scale = i_warp % GROUP_WARPS<Cfg>;
-    const int i_score = i_scale == SCALE_WARPS ? AB : i_scale < AB ? i_scale : NONE;
+    const bool inverts = i_scale == SCALE_WARPS, loads = inverts && !Cfg::LOAD_WARP;
+    const auto hand_on = [&](int i) {
+        cp_async_wait_group<0>();
+        if (i < chunks.count) bar_arrive(LOADED + i_group, 32 * GROUP_WARPS<Cfg>);
+    };
+    // Each of (2) is a warp's.
+    const int i_score = inverts ? AB : i_scale < AB ? i_scale : NONE;
     const bool is_q = i_score == QK || i_score == QB, is_k = i_score == QK || i_score == AK;
     auto& s_l = s.l[i_group];
-    for (int i = i_group; i < chunks.count; i += Cfg::PREP_GROUPS) {
+    if (loads) {
+        fetch(i_group);
+        hand_on(i_group);
+        if constexpr (AHEAD<Cfg> > 0) fetch(i_group + GROUPS);
+    }
+    for (int i = i_group; i < chunks.count; i += GROUPS) {
         Stage& stage = stages[i % STAGES];
         const int rows = chunks.rows(chunk_at(i));
-        if (loads) wait_for(i);
-        else if (i_scale < SCALE_WARPS) bar_sync(LOADED + i_group, 32 * (1 + SCALE_WARPS));
-        int mode = CENTRED;
+        if (!inverts) bar_sync(LOADED + i_group, 32 * GROUP_WARPS<Cfg>);
+        int mode = STARTED;
         Acc16 scores;
         zero(scores);
         while (true) {
-            if (i_scale < SCALE_WARPS) {
+            if (!inverts) {
                 bool is_wide = false;
                 for_slices<Cfg, SCALE_WARPS>(i_scale, [&](int col0) {
-                    is_wide |= scale_slice<REVERSE, Cfg>(stage, s.sums, col0, rows, scale, mode);
+                    is_wide |= scale_slice<Cfg>(stage, s.sums, col0, rows, scale, mode);
                 });
-                if (mode == CENTRED) {
+                if (mode == STARTED) {
                     is_wide = __any_sync(FULL_WARP, is_wide);
                     if (lane_id() == 0) stage.wide.at[i_scale] = is_wide;
                 }
             }
             bar_sync(SCALED<Cfg> + i_group, 32 * GROUP_WARPS<Cfg>);
-            const bool is_last = mode == EXACT || (mode == CENTRED && !stage.is_exact());
-            if (i_score != NONE && (mode >= LEVEL || (mode == CENTRED && is_last))) {
+            const bool is_last = mode == EXACT || (mode == STARTED && !stage.is_exact());
+            if (i_score != NONE && (mode >= LEVEL || (mode == STARTED && is_last))) {
                 // (2)
                 Acc16 d = dot_rows(is_q ? stage.qq : stage.aa, is_k ? stage.kk : stage.bb);
-                if (mode == CENTRED) {
+                if (mode == STARTED) {
                     for_each(d, [&](int row, int col, float& x) { x = row - int(!is_q) >= col ? x : 0.0f; });
                 } else {
                     for_each(d, [&](int row, int col, float& x) { x = is_pair(mode, row, col, is_q) ? x : 0.0f; });
@@ -316,9 +337,10 @@ __device__ void prepare_chunks(
             }
             if (is_last) break;
             if (mode >= LEVEL) bar_sync(SCALED<Cfg> + i_group, 32 * GROUP_WARPS<Cfg>);  // the operands of the level have been read
-            mode = mode == CENTRED ? LEVEL : mode == DIAGONAL ? EXACT : mode + 1;
+            mode = mode == STARTED ? LEVEL : mode == DIAGONAL ? EXACT : mode + 1;
         }
-        if (i_score == AB) {
+        if (inverts) {
+            if constexpr (AHEAD<Cfg> > 0) hand_on(i + GROUPS);
             // (3)
             for_each(scores, [&](int row, int col, float& x) { s_l.at(row, col) = -x; });
             __syncwarp();  // l is complete
@@ -332,7 +354,11 @@ __device__ void prepare_chunks(
         } else if (i_score != NONE) {
             store_a(i_score == AK ? stage.ak : i_score == QK ? stage.qk : stage.qb, 0, 0, to_a<P>(scores));
         }
-        bar_arrive(FULL<Cfg> + i % STAGES, 32 * (1 + SCALE_WARPS + WAITERS));
+        bar_arrive(FULL<Cfg> + i % TURNS<Cfg>, 32 * (GROUP_WARPS<Cfg> + WAITERS));
+        if (loads) {
+            fetch(i + GROUPS + AHEAD<Cfg> * GROUPS);
+            if constexpr (AHEAD<Cfg> == 0) hand_on(i + GROUPS);
+        }
     }
 }
 

@@ -19,10 +19,10 @@ struct ChunkWork {
     Chunks chunks;
 
     template <class Params>
-    __device__ explicit ChunkWork(const Params& p) : chunks(0) {
+    __device__ ChunkWork(const Params& p, u32 i_block) : chunks(0) {
         constexpr int SLICES = ceil_div(Cfg::V, Cfg::BV);
-        v0 = blockIdx.x % SLICES * Cfg::BV;
-        const i64 i_nh = blockIdx.x / SLICES;
+        v0 = i_block % SLICES * Cfg::BV;
+        const i64 i_nh = i_block / SLICES;
         i_n = i_nh / p.h;
         i_h = i_nh % p.h;
         const Sequence seq = sequence_of(p.cu_seqlens, i_n, p.t);
@@ -32,9 +32,12 @@ struct ChunkWork {
     }
 };
 
-// The image of a chunk's state, of which a warp has rows v0 .. v0 + 16.
+// What the forward pass keeps of a chunk and head; a warp has rows v0 .. v0 + 16.
 template <class Cfg>
-using StateImage = BlockTile<PARTS<Cfg>, ceil_div(Cfg::V, 16) * 16, KP<Cfg>>;
+struct SavedChunk {
+    BlockTile<PARTS<Cfg>, ceil_div(Cfg::V, 16) * 16, KP<Cfg>> state;  // S
+    BlockTile<PARTS<Cfg>, ceil_div(Cfg::V, 16) * 16, C> u;            // transposed
+};
 
 // Rows of a state in the registers of a warp, STATE_ROWS of them.
 template <class Cfg>
@@ -98,6 +101,40 @@ __device__ void load_image(
             const bool inside = v0 + i / (2 * COLS) * 16 < IMAGE_ROWS;
             cp_async_cg_16(dst + 4 * i, src + (inside ? 4 * i : 0), inside ? 16 : 0);
         }
+    }
+}
+
+// What an operand stands for. The zero that it is added to keeps the assembler from unpacking long before the numbers are
+// used, for which these kernels have no registers.
+template <int P>
+__device__ Acc16 unpacked(const FragA<P>& a) {
+    Acc16 d;
+    zero(d);
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        #pragma unroll
+        for (int p = P - 1; p >= 0; --p) {
+            const float2 x = unpack2<bf16>(a.at[p][i]);
+            d.at[i / 2][i % 2 * 2] += x.x;
+            d.at[i / 2][i % 2 * 2 + 1] += x.y;
+        }
+    }
+    return d;
+}
+
+// `store_transposed` with an address for each pair of channels, which takes fewer registers beside a state.
+template <int CHANNELS, class Element>
+__device__ void store_rows(Element* dst, i32 stride, Acc16& d, int col0, int rows) {
+    if constexpr (sizeof(Element) == 2 && CHANNELS % 2 == 0) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            // Block i % 2 of channels and i / 2 of tokens; a lane gets two channels of one token.
+            const u32 pair = movmatrix_trans(pack2<Element>(d.at[i / 2][i % 2 * 2], d.at[i / 2][i % 2 * 2 + 1]));
+            const int row = i / 2 * 8 + lane_id() / 4, col = col0 + i % 2 * 8 + lane_id() % 4 * 2;
+            if (row < rows && col < CHANNELS) *reinterpret_cast<u32*>(dst + row * stride + col) = pair;
+        }
+    } else {
+        store_transposed<CHANNELS>(dst, stride, d, col0, rows);
     }
 }
 

@@ -12,9 +12,9 @@ use half::{bf16, f16};
 
 use crate::chunk_fwd::{
     ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, MAX_V, SavedStates, check_smem, grid, is_plain,
-    max_k, variant, variants, with_constants,
+    kernel_that_fits, max_k, variant, variants, with_constants,
 };
-use crate::config::{self, ChunkConfig, ChunkVariant};
+use crate::config::{ChunkConfig, ChunkVariant, Room};
 
 const SOURCE: Source =
     Source { name: "fla/dplr/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -167,20 +167,13 @@ impl<T: Element> ChunkBwd<T> {
         shape.check(max_k::<T>(), MAX_V)?;
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape, options);
-        let smem_bytes = device.smem_bytes() as usize;
-        let (mut config, few_warps) = (variant.bwd(smem_bytes), variant.bwd_of_few_warps(smem_bytes));
-        check_smem(device, shape, variant.bwd_smem_bytes(&config))?;
-        let kernel = device.kernel(&unit::<T>(&variant, &config)).or_else(|error| {
-            if !matches!(error, Error::Compile { .. }) || config == few_warps {
-                return Err(error);
-            }
-            tracing::warn!(%error, "dplr chunk_bwd runs with fewer warps");
-            config = few_warps;
-            device.kernel(&unit::<T>(&variant, &config))
-        })?;
+        let room = Room::new(device, shape);
+        let configs = [variant.bwd(&room), variant.bwd_of_few_warps(&room)];
+        check_smem(device, shape, variant.bwd_smem_bytes(&configs[0]))?;
+        let (kernel, config) = kernel_that_fits(device, configs, |config| unit::<T>(&variant, config))?;
         let slices = variant.slices(&config);
         tracing::debug!(?variant, ?config, "dplr chunk_bwd");
-        let grid = grid(shape, slices)?;
+        let grid = grid(shape, slices * config.k_splits)?;
         let cut = ChunkCut::new(device, shape)?;
         let recompute = match options.saved_states {
             SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options)?),
@@ -409,28 +402,34 @@ pub fn chunk_bwd<T: Element>(
 }
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
-    let smem_bytes = config::smem_bytes(arch);
+    let room = Room::of_many_heads(arch);
     let mut out = vec![unit_output::<f32>(), unit_output::<bf16>(), unit_output::<f16>()];
     for variant in variants(arch) {
-        out.push(any_unit::<bf16>(&variant, smem_bytes));
+        out.push(any_unit::<bf16>(&variant, &room));
+        if (variant.k, variant.v) == (64, 64) {
+            out.push(any_unit::<bf16>(&variant, &Room::of_few_heads(arch)));
+        }
         if is_plain(&variant) {
-            out.push(any_unit::<f32>(&variant, smem_bytes));
-            out.push(any_unit::<f16>(&variant, smem_bytes));
+            out.push(any_unit::<f32>(&variant, &room));
+            out.push(any_unit::<f16>(&variant, &room));
         }
     }
     out
 }
 
 /// The kernel of a variant in this type.
-pub(crate) fn any_unit<T: Element>(variant: &ChunkVariant, smem_bytes: usize) -> Unit {
+pub(crate) fn any_unit<T: Element>(variant: &ChunkVariant, room: &Room) -> Unit {
     let variant = ChunkVariant { dtype: T::DTYPE, ..*variant };
-    unit::<T>(&variant, &variant.bwd(smem_bytes))
+    unit::<T>(&variant, &variant.bwd(room))
 }
 
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
     let unit = Unit::new::<ChunkBwdParams<T>>("dplr", "chunk_bwd", SOURCE, config.threads())
         .with_smem_bytes(variant.bwd_smem_bytes(config) as u32);
-    with_constants::<T>(unit, variant, config).with("SIDE_WARPS", config.side_warps as i32)
+    with_constants::<T>(unit, variant, config)
+        .with("GRAD_SETS", config.grad_sets as i32)
+        .with("GRAD_WARPS", config.grad_warps as i32)
+        .with("K_SPLITS", config.k_splits as i32)
 }
 
 pub(crate) fn unit_output<T: Element>() -> Unit {

@@ -11,7 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Transition;
-use crate::config::{self, CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant};
+use crate::config::{CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant, Room};
 
 /// Largest K and V of the chunk passes: a block holds whole columns of the state.
 const MAX_K: usize = 256;
@@ -177,8 +177,8 @@ pub struct ChunkFwdResult<T> {
 /// `T` is f32, bf16 or f16; K is at most 256 in bf16 and 128 in f32 and f16, V at most 256, any size. A sequence without
 /// tokens hands its state through. The values of `g` are not checked: above 0 the state grows. Lengths have to be known to the host.
 ///
-/// `states` holds bits of bf16: for each of the NT chunks and each head an image of the state before it, K and V rounded up
-/// to multiples of 16, so 2 K V bytes for 16 tokens; for f32 and f16 vectors two images whose sum it is. Nothing but
+/// `states` holds bits of bf16: for each of the NT chunks and each head images of the state before it and of u, K and V rounded
+/// up to multiples of 16, so 2 (K + 16) V bytes for 16 tokens; for f32 and f16 vectors two images whose sum they are. Nothing but
 /// [`ChunkBwd`](crate::ChunkBwd) of the same version reads them.
 ///
 /// # Numerics
@@ -241,17 +241,11 @@ impl<T: Element> ChunkFwd<T> {
         shape.check(max_k::<T>(), MAX_V)?;
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape, options);
-        let smem_bytes = device.smem_bytes() as usize;
-        let (mut config, few_warps) = (variant.fwd(smem_bytes), variant.fwd_of_few_warps(smem_bytes));
-        check_smem(device, shape, variant.fwd_smem_bytes(&config))?;
-        let kernel = device.kernel(&unit::<T>(&variant, &config, writes)).or_else(|error| {
-            if !matches!(error, Error::Compile { .. }) || config == few_warps {
-                return Err(error);
-            }
-            tracing::warn!(%error, "dplr chunk_fwd runs with fewer warps");
-            config = few_warps;
-            device.kernel(&unit::<T>(&variant, &config, writes))
-        })?;
+        let room = Room::new(device, shape);
+        let configs = [variant.fwd(&room, writes), variant.fwd_of_few_warps(&room)];
+        check_smem(device, shape, variant.fwd_smem_bytes(&configs[0]))?;
+        let (kernel, config) =
+            kernel_that_fits(device, configs, |config| unit::<T>(&variant, config, writes))?;
         tracing::debug!(?variant, ?config, ?writes, "dplr chunk_fwd");
         let grid = grid(shape, variant.slices(&config))?;
         let cut = ChunkCut::new(device, shape)?;
@@ -426,7 +420,7 @@ impl ChunkCut {
 
     /// Elements of the states at the starts of all chunks. Saturates, so that a product that no memory holds fits no tensor.
     pub(crate) fn states_len(&self, shape: &Shape, variant: &ChunkVariant) -> usize {
-        self.nt.saturating_mul(shape.h).saturating_mul(variant.saved_state_len())
+        self.nt.saturating_mul(shape.h).saturating_mul(variant.saved_len())
     }
 }
 
@@ -453,6 +447,22 @@ pub(crate) fn check_smem(device: &Device, shape: &Shape, needed: usize) -> Resul
         "less in this type, for which a block needs {needed} bytes of shared memory and has {smem_bytes}"
     );
     Err(Error::Dim { dim: "K", wanted, got: shape.k })
+}
+
+/// The kernel of the first choice, or of the second where the first finds too few registers: for which heads that is, only the
+/// assembler knows.
+pub(crate) fn kernel_that_fits<P: Params>(
+    device: &Device,
+    [config, few_warps]: [ChunkConfig; 2],
+    unit: impl Fn(&ChunkConfig) -> Unit,
+) -> Result<(Kernel<P>, ChunkConfig), Error> {
+    match device.kernel(&unit(&config)) {
+        Err(error @ Error::Compile { .. }) if config != few_warps => {
+            tracing::warn!(%error, ?config, ?few_warps, "a dplr chunk pass runs with fewer warps");
+            Ok((device.kernel(&unit(&few_warps))?, few_warps))
+        }
+        kernel => Ok((kernel?, config)),
+    }
 }
 
 /// What a plan's kernels are compiled for.
@@ -488,18 +498,19 @@ pub(crate) fn is_plain(variant: &ChunkVariant) -> bool {
 }
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
-    let smem_bytes = config::smem_bytes(arch);
+    let room = Room::of_many_heads(arch);
     let mut out = Vec::new();
     for variant in variants(arch) {
-        let [output, output_and_states, states] = all_units::<bf16>(&variant, smem_bytes);
+        let [output, output_and_states, states] = all_units::<bf16>(&variant, &room);
         out.push(output_and_states);
         if (variant.k, variant.v) == (64, 64) {
             out.extend([output, states]);
+            out.extend(all_units::<bf16>(&variant, &Room::of_few_heads(arch)));
         }
         if is_plain(&variant) {
-            let [_, output_and_states, _] = all_units::<f32>(&variant, smem_bytes);
+            let [_, output_and_states, _] = all_units::<f32>(&variant, &room);
             out.push(output_and_states);
-            let [_, output_and_states, _] = all_units::<f16>(&variant, smem_bytes);
+            let [_, output_and_states, _] = all_units::<f16>(&variant, &room);
             out.push(output_and_states);
         }
     }
@@ -507,10 +518,9 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 }
 
 /// The kernels of a variant in this type.
-pub(crate) fn all_units<T: Element>(variant: &ChunkVariant, smem_bytes: usize) -> [Unit; 3] {
+pub(crate) fn all_units<T: Element>(variant: &ChunkVariant, room: &Room) -> [Unit; 3] {
     let variant = ChunkVariant { dtype: T::DTYPE, ..*variant };
-    let config = variant.fwd(smem_bytes);
-    ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &config, writes))
+    ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &variant.fwd(room, writes), writes))
 }
 
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkFwdWrites) -> Unit {
@@ -525,7 +535,6 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkF
 pub(crate) fn with_constants<T: Element>(unit: Unit, variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
     // All of these are below 2^31: `new` has checked K and V.
     unit.with_headers(HEADERS)
-        .with_min_blocks(config.min_blocks)
         .with("Element", T::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
@@ -586,22 +595,25 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, ChunkVariant, Decay, Element, Transition, all_units, bf16, config, f16};
+    use super::{Arch, ChunkVariant, Decay, Element, Room, Transition, all_units, bf16, f16};
     use crate::chunk_bwd;
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
     /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
     fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
-        let smem_bytes = config::smem_bytes(Arch::SM_90);
         let mut failures = Vec::new();
         for (i, &(k, v)) in heads.iter().enumerate() {
             // The forms differ by a product a row; each is met by some heads.
             let transition = if i % 2 == 0 { Transition::General } else { Transition::KeyAndRate };
             let decay = if i % 4 < 2 { Decay::Log } else { Decay::Logit };
             let variant = ChunkVariant { arch: Arch::SM_90, dtype: T::DTYPE, k, v, transition, decay };
-            let mut units = vec![chunk_bwd::any_unit::<T>(&variant, smem_bytes)];
-            units.extend(all_units::<T>(&variant, smem_bytes));
+            let mut units = Vec::new();
+            for room in [Room::of_many_heads(Arch::SM_90), Room::of_few_heads(Arch::SM_90)] {
+                units.push(chunk_bwd::any_unit::<T>(&variant, &room));
+                units.extend(all_units::<T>(&variant, &room));
+            }
+            units.dedup_by_key(|unit| unit.text());
             failures.extend(
                 units.iter().filter_map(|unit| compile(unit, Arch::SM_90).err()).map(|e| e.to_string()),
             );

@@ -1,6 +1,6 @@
 //! Launch tables: which constants a kernel is compiled with for which shape.
 
-use fla_core::{Arch, DType, StateStream, StateTile};
+use fla_core::{Arch, DType, Device, Shape, StateStream, StateTile};
 
 use crate::{Decay, Transition};
 
@@ -209,16 +209,52 @@ pub(crate) struct ChunkConfig {
     pub(crate) stages: usize,
     /// Value channels of a warp that carries the state, a multiple of 16 that divides `bv`.
     pub(crate) state_rows: usize,
-    /// Groups of warps that prepare chunks by turns, 1 or 2; 2 only with `load_warp`.
+    /// Groups of warps that prepare chunks by turns, 1 or 2.
     pub(crate) prep_groups: usize,
     /// Warps of a group that make the operands of a chunk, 3 or 4; one more inverts.
     pub(crate) scale_warps: usize,
-    /// Whether loading has a warp of its own, or the one that inverts does it.
+    /// Whether loading has a warp of its own, or those that invert do it.
     pub(crate) load_warp: bool,
-    /// Warps for gradients over K of tokens that read, and as many for those that write: 1, 2 or 4; none in a forward pass.
-    pub(crate) side_warps: usize,
-    /// Blocks that a multiprocessor has to have registers for.
-    pub(crate) min_blocks: u32,
+    /// Sets of warps for gradients, which take chunks by turns; none in a forward pass.
+    pub(crate) grad_sets: usize,
+    /// Warps of a set: 1, 2 or 4.
+    pub(crate) grad_warps: usize,
+    /// Blocks that share the gradients over K of one head, each of which carries the gradient of the state.
+    pub(crate) k_splits: usize,
+}
+
+/// What a block may ask for, and what a launch shares out among how many multiprocessors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    pub(crate) smem_bytes: usize,
+    /// Heads of all sequences.
+    pub(crate) heads: usize,
+    pub(crate) sm_count: usize,
+}
+
+impl Room {
+    pub(crate) fn new(device: &Device, shape: &Shape) -> Self {
+        Self {
+            smem_bytes: device.smem_bytes() as usize,
+            heads: shape.seqs.n().saturating_mul(shape.h),
+            sm_count: device.sm_count() as usize,
+        }
+    }
+
+    /// Of a launch that has work for all multiprocessors, for compiling without a device.
+    pub(crate) const fn of_many_heads(arch: Arch) -> Self {
+        Self { smem_bytes: smem_bytes(arch), heads: usize::MAX, sm_count: 1 }
+    }
+
+    /// Of a launch that has not.
+    pub(crate) const fn of_few_heads(arch: Arch) -> Self {
+        Self { heads: 1, sm_count: 2, ..Self::of_many_heads(arch) }
+    }
+
+    /// Whether two blocks for each head find a multiprocessor each.
+    fn has_few_heads(&self) -> bool {
+        self.heads <= self.sm_count / 2
+    }
 }
 
 /// What a forward kernel writes, beside the final state.
@@ -245,7 +281,16 @@ impl ChunkConfig {
     /// Threads of a block: the warps that prepare, those that carry the state, and those of the gradients.
     pub(crate) fn threads(&self) -> u32 {
         let preparing = self.prep_groups * (self.scale_warps + 1) + usize::from(self.load_warp);
-        (32 * (preparing + self.bv / self.state_rows + 2 * self.side_warps)) as u32
+        (32 * (preparing + self.bv / self.state_rows + self.grad_sets * self.grad_warps)) as u32
+    }
+
+    /// Named barriers of a block: two for a group that prepares, two for a turn and three for a set of gradient warps.
+    #[cfg(test)]
+    fn barriers(&self) -> usize {
+        let copies = (self.stages / 2).max(1);
+        let ahead = if self.stages > 2 * self.prep_groups { self.prep_groups } else { 0 };
+        let turns = self.stages - if self.load_warp { copies - 1 } else { ahead };
+        2 * self.prep_groups + 2 * turns + 3 * self.grad_sets
     }
 }
 
@@ -255,9 +300,9 @@ impl ChunkVariant {
         if self.dtype == DType::Bf16 { 1 } else { 2 }
     }
 
-    /// Numbers of a saved state: K by V, both rounded up to whole tiles.
-    pub(crate) fn saved_state_len(&self) -> usize {
-        self.parts() * self.k.next_multiple_of(16) * self.v.next_multiple_of(16)
+    /// Numbers that are kept of a chunk: its state, K by V, and u, CHUNK by V, all rounded up to whole tiles.
+    pub(crate) fn saved_len(&self) -> usize {
+        self.parts() * (self.k.next_multiple_of(16) + CHUNK) * self.v.next_multiple_of(16)
     }
 
     /// Blocks that share V.
@@ -265,10 +310,17 @@ impl ChunkVariant {
         self.v.div_ceil(config.bv)
     }
 
+    /// Whether tokens have whole copies of 16 bytes; what loads others takes registers.
+    fn is_copied(&self) -> bool {
+        let elems = 16 / self.dtype.bytes();
+        self.k.is_multiple_of(elems) && self.v.is_multiple_of(elems)
+    }
+
     /// The choice for a forward pass. A lane has 65536 / (32 * warps) registers, warps rounded up to a multiple of 4, and
-    /// a warp of the state needs K / 2 of them for 16 value channels: so 15 warps up to K = 64, 12 up to 128, and 8 beyond
-    /// and where an operand has two parts.
-    pub(crate) fn fwd(&self, smem_bytes: usize) -> ChunkConfig {
+    /// a warp of the state needs K / 2 of them for 16 value channels: so 16 warps up to K = 128, and 8 beyond and where an
+    /// operand has two parts. One group of warps prepares slower than the state goes on: with two, K = 128 takes 1.08 ms in
+    /// place of 1.21 (B4 T4096 H64, bf16, H200). Few heads go in halves of V, 1.48 ms for 1.68 (B1 T32768 H64 D64).
+    pub(crate) fn fwd(&self, room: &Room, writes: ChunkFwdWrites) -> ChunkConfig {
         let v = self.v.next_multiple_of(16);
         let base = ChunkConfig {
             bv: v.min(64),
@@ -277,66 +329,93 @@ impl ChunkVariant {
             prep_groups: 1,
             scale_warps: 3,
             load_warp: false,
-            side_warps: 0,
-            min_blocks: 1,
+            grad_sets: 0,
+            grad_warps: 0,
+            k_splits: 1,
         };
         let config = match (self.parts(), self.k) {
-            (1, ..=64) => ChunkConfig { stages: 6, prep_groups: 2, scale_warps: 4, load_warp: true, ..base },
+            (1, ..=64) => {
+                let bv = if room.has_few_heads() { v.min(32) } else { base.bv };
+                ChunkConfig { bv, stages: 6, prep_groups: 2, scale_warps: 4, load_warp: true, ..base }
+            }
+            (1, ..=128) if self.is_copied() && writes.output() => {
+                ChunkConfig { bv: v.min(128), prep_groups: 2, ..base }
+            }
             (1, ..=128) => ChunkConfig { bv: v.min(128), ..base },
             _ => base,
         };
-        self.fitted(config, smem_bytes, Self::fwd_smem_bytes)
+        self.fitted(config, room.smem_bytes, Self::fwd_smem_bytes)
     }
 
-    /// The choice for a backward pass: as many warps as find registers, 16 or 12 with a warp of the state for every 16 value
-    /// channels, or 8, where one has 32 of them. Slices of V cost sums in device memory.
-    pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkConfig {
+    /// The choice for a backward pass: as many warps as find registers, 16 up to K = 128, 12 where an operand has two parts,
+    /// and 8. Two sets of gradient warps where there is room for both; one takes 2.57 ms in place of 2.44 (B8 T4096 H64 D64,
+    /// bf16, H200). With few heads two blocks share the gradients of one: 3.56 ms for 4.24 (B1 T32768 H64 D64). Slices of V
+    /// cost sums in device memory.
+    pub(crate) fn bwd(&self, room: &Room) -> ChunkConfig {
+        let v = self.v.next_multiple_of(16);
         let base = ChunkConfig {
-            bv: self.v.next_multiple_of(16).min(64),
-            stages: 4,
+            bv: v.min(128),
+            stages: 5,
             state_rows: 16,
             prep_groups: 1,
             scale_warps: 3,
             load_warp: false,
-            side_warps: 2,
-            min_blocks: 1,
+            grad_sets: 1,
+            grad_warps: 4,
+            k_splits: 1,
         };
-        let few_warps =
-            ChunkConfig { bv: self.v.next_multiple_of(32).min(64), state_rows: 32, side_warps: 1, ..base };
+        // Where 16 warps find registers is the assembler's luck: what has been tried goes there, and the rest has 12.
+        let is_plain = self.transition == Transition::General && self.decay == Decay::Log;
+        let is_both = self.transition == Transition::KeyAndRate && self.decay == Decay::Logit;
         let config = match (self.parts(), self.k) {
-            // One slice of K for each warp, as far as registers are: other architectures spill four bytes.
-            (1, 49..=64)
-                if self.arch == Arch::SM_90 && self.transition == Transition::General && base.bv == 64 =>
-            {
-                ChunkConfig { side_warps: 4, ..base }
+            (1, 33..=64) if v <= 64 && self.is_copied() && (is_plain || is_both) => {
+                if room.has_few_heads() {
+                    ChunkConfig {
+                        scale_warps: 4,
+                        load_warp: true,
+                        grad_sets: 2,
+                        grad_warps: 2,
+                        k_splits: 2,
+                        ..base
+                    }
+                } else {
+                    ChunkConfig { grad_sets: 2, ..base }
+                }
             }
-            (1, ..=64) => base,
-            (2, 64) if self.v <= 64 => base,
-            (1, ..=128) | (2, ..=64) => few_warps,
-            _ => ChunkConfig { bv: base.bv.min(32), side_warps: 1, ..base },
+            (1, 65..=128) if is_plain && self.is_copied() => base,
+            (1, ..=128) => ChunkConfig { bv: v.min(64), ..base },
+            (2, ..=64) if self.is_copied() => ChunkConfig { bv: v.min(64), ..base },
+            _ => ChunkConfig { bv: v.min(32), grad_warps: 2, ..base },
         };
-        self.fitted(config, smem_bytes, Self::bwd_smem_bytes)
+        self.fitted(config, room.smem_bytes, Self::bwd_smem_bytes)
     }
 
     /// The choice for a backward pass with the most registers for a lane, where another leaves too few: which heads that
     /// are, only the assembler knows.
-    pub(crate) fn bwd_of_few_warps(&self, smem_bytes: usize) -> ChunkConfig {
-        let bv = if self.k > 128 { 16 } else { self.v.next_multiple_of(16).min(32) };
-        let config = ChunkConfig { bv, state_rows: 16, side_warps: 1, ..self.bwd(smem_bytes) };
-        self.fitted(config, smem_bytes, Self::bwd_smem_bytes)
+    pub(crate) fn bwd_of_few_warps(&self, room: &Room) -> ChunkConfig {
+        let config = ChunkConfig {
+            bv: if self.k > 128 { 16 } else { self.v.next_multiple_of(16).min(32) },
+            scale_warps: 3,
+            load_warp: false,
+            grad_sets: 1,
+            grad_warps: 2,
+            k_splits: 1,
+            ..self.bwd(room)
+        };
+        self.fitted(config, room.smem_bytes, Self::bwd_smem_bytes)
     }
 
     /// The choice for a forward pass with the most registers for a lane.
-    pub(crate) fn fwd_of_few_warps(&self, smem_bytes: usize) -> ChunkConfig {
+    pub(crate) fn fwd_of_few_warps(&self, room: &Room) -> ChunkConfig {
         let few = ChunkConfig {
             bv: 16,
             stages: 1,
             prep_groups: 1,
             scale_warps: 3,
             load_warp: false,
-            ..self.fwd(smem_bytes)
+            ..self.fwd(room, ChunkFwdWrites::States)
         };
-        self.fitted(few, smem_bytes, Self::fwd_smem_bytes)
+        self.fitted(few, room.smem_bytes, Self::fwd_smem_bytes)
     }
 
     /// The same with fewer stages and then narrower slices, until its shared memory fits; if nothing does, the smallest.
@@ -365,29 +444,35 @@ impl ChunkVariant {
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
         let stage = self.stage_layout(config).finished();
-        Layout::default().with_many(config.stages, stage).with(self.prep_layout(config)).finished().bytes
+        Layout::default()
+            .with_many(config.stages, stage)
+            .with(self.prep_layout(config))
+            .with(WORK)
+            .finished()
+            .bytes
     }
 
     /// Size of the backward kernel's shared memory.
     pub(crate) fn bwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
         let (bv, k) = (config.bv, self.k.next_multiple_of(16));
-        // `ValueTile`
-        let value_tile = if self.parts() == 1 { self.token_tile(bv) } else { block_tile(2, bv, CHUNK) };
+        let (state, values) = (block_tile(self.parts(), bv, k), block_tile(self.parts(), bv, CHUNK));
         let stage = Layout::default()
             .with(self.stage_layout(config).finished())
             .with(self.token_tile(bv))
-            .with_many(2, block_tile(self.parts(), bv, k))
-            .with_many(2, value_tile)
+            .with(values)
             .finished();
-        // Gradients of four matrices of scores in two parts, for two chunks by turns.
         let scores = Layout::default().with_many(4, block_tile(2, CHUNK, CHUNK)).finished();
-        let handed = Layout { bytes: 4 * CHUNK * CHUNK, align: 16 };
-        let rates = if self.transition == Transition::KeyAndRate { k / 16 } else { 1 };
+        let aside = Layout { bytes: 4 * CHUNK * CHUNK, align: 16 };
+        let grad_warps = config.grad_sets * config.grad_warps;
         Layout::default()
             .with_many(config.stages, stage)
             .with(self.prep_layout(config))
-            .with_many(2, scores)
-            .with_many(2 * (k / 16) + rates, handed)
+            .with_many(config.grad_sets, Layout::default().with(state).with(values).finished())
+            // Gradients of scores are two by turns, and two results may be put aside.
+            .with_many(2 * config.grad_sets, scores)
+            .with_many(grad_warps, block_tile(self.parts(), bv, 16))
+            .with_many(2 * grad_warps, aside)
+            .with(WORK)
             .finished()
             .bytes
     }
@@ -409,7 +494,7 @@ impl ChunkVariant {
         // Rows of 16 f32 are 40 apart.
         Layout::default()
             .with_many(config.prep_groups, Layout { bytes: CHUNK * 40 * 4, align: 16 })
-            .with_many(3 * MODES + PAIR_MODES, block_tile(1, CHUNK, CHUNK))
+            .with_many(3 * SUMS + PAIR_MODES, block_tile(1, CHUNK, CHUNK))
             .with_many(5, Layout { bytes: 8, align: 8 })
             .finished()
     }
@@ -421,11 +506,14 @@ impl ChunkVariant {
     }
 }
 
-/// References that log decays are summed up from: of a chunk, of its exact form, its four levels, and its diagonal.
-const MODES: usize = 7;
+/// References that log decays are summed up from: the ends of a chunk, its four levels, and its diagonal.
+const SUMS: usize = 6;
 
 /// Those of pairs of tokens: the levels and the diagonal.
 const PAIR_MODES: usize = 5;
+
+/// `ChunkWork`: what a block works on.
+const WORK: Layout = Layout { bytes: 48, align: 8 };
 
 /// `BlockTile`: blocks of 8 by 8 in bf16.
 const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
@@ -471,7 +559,9 @@ pub(crate) const fn smem_bytes(arch: Arch) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{ChunkVariant, Decay, RecurrentFwdStream, RecurrentFwdVariant, Transition, smem_bytes};
+    use super::{
+        ChunkFwdWrites, ChunkVariant, Decay, RecurrentFwdStream, RecurrentFwdVariant, Room, Transition,
+    };
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -539,19 +629,20 @@ mod tests {
                 {
                     let (transition, decay) = (Transition::General, Decay::Log);
                     let variant = ChunkVariant { arch, dtype, k, v, transition, decay };
-                    let smem_bytes = smem_bytes(arch);
-                    let (fwd, bwd) = (variant.fwd(smem_bytes), variant.bwd(smem_bytes));
-                    for (config, bytes, threads, barriers) in [
-                        (fwd, variant.fwd_smem_bytes(&fwd), fwd.threads(), 2 * fwd.stages),
-                        (bwd, variant.bwd_smem_bytes(&bwd), bwd.threads(), 3 * bwd.stages + 2),
-                    ] {
-                        let what = || format!("{arch} {variant:?} {config:?}: {bytes} bytes");
-                        assert!(k > max_k || bytes <= smem_bytes, "{}", what());
-                        assert!(config.bv.is_multiple_of(config.state_rows) && threads <= 1024, "{}", what());
-                        assert!(config.stages.is_multiple_of(config.prep_groups), "{}", what());
-                        assert!(config.prep_groups == 1 || config.load_warp, "{}", what());
-                        assert!(barriers + 2 * config.prep_groups <= 16, "{}", what());
-                        assert!(variant.slices(&config) * config.bv >= v, "{}", what());
+                    let many = Room::of_many_heads(arch);
+                    for room in [many, Room::of_few_heads(arch)] {
+                        let (fwd, bwd) = (variant.fwd(&room, ChunkFwdWrites::Output), variant.bwd(&room));
+                        for (config, bytes) in
+                            [(fwd, variant.fwd_smem_bytes(&fwd)), (bwd, variant.bwd_smem_bytes(&bwd))]
+                        {
+                            let what = || format!("{arch} {variant:?} {config:?}: {bytes} bytes");
+                            assert!(k > max_k || bytes <= room.smem_bytes, "{}", what());
+                            assert!(config.bv.is_multiple_of(config.state_rows), "{}", what());
+                            assert!(config.threads() <= 1024, "{}", what());
+                            assert!(config.stages.is_multiple_of(config.prep_groups), "{}", what());
+                            assert!(config.barriers() <= 16, "{}", what());
+                            assert!(variant.slices(&config) * config.bv >= v, "{}", what());
+                        }
                     }
                 }
             }
@@ -564,8 +655,8 @@ mod tests {
             let (transition, decay) = (Transition::General, Decay::Log);
             ChunkVariant { arch: Arch::SM_90, dtype, k, v, transition, decay }
         };
-        assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
-        assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
-        assert_eq!(variant(DType::F32, 64, 64).saved_state_len(), 2 * 64 * 64);
+        assert_eq!(variant(DType::Bf16, 60, 17).saved_len(), 80 * 32);
+        assert_eq!(variant(DType::F16, 64, 64).saved_len(), 2 * 80 * 64);
+        assert_eq!(variant(DType::F32, 64, 64).saved_len(), 2 * 80 * 64);
     }
 }

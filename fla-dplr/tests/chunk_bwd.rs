@@ -102,7 +102,7 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
     got.same_as(&once(SavedStates::Kept)?).map_err(|error| format!("with states that were kept: {error}"))?;
     let wide = got.over_tokens.iter().map(|x| widened(x)).chain([widened(&got.d_initial_state)]);
     for ((got, wanted), (name, class)) in wide.zip(&want.grads).zip(GRADS) {
-        let judge = Judge { pass: Pass::ChunkBwd, name, class };
+        let judge = Judge { keys: case.keys, pass: Pass::ChunkBwd, name, class };
         let cancellation = if class == Class::GateGrad { want.cancellation } else { 1.0 };
         judge.within_relieved::<T>(&got, wanted, cancellation)?;
     }

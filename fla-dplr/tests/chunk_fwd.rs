@@ -12,8 +12,8 @@ use fla_reference::inputs::Storage;
 use fla_reference::tolerance::{Class, Pass};
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, Judge, MAX_K_OF_TWO_PARTS, Problem, any_case, compile_ahead, regimes, to_device,
-    widened,
+    BASE, Bits, CASES, Case, Judge, Keys, MAX_K_OF_TWO_PARTS, Problem, any_case, compile_ahead, regimes,
+    to_device, widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -70,7 +70,7 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
     if got.states != again.states {
         return Err("`states` are not the same twice".into());
     }
-    let judge = |name, class| Judge { pass: Pass::ChunkFwd, name, class };
+    let judge = |name, class| Judge { keys: case.keys, pass: Pass::ChunkFwd, name, class };
     judge("o", Class::Output).within::<T>(&widened(&got.o), &want.o)?;
     if let (Some(last), Some(again), Some(plain)) = (&got.final_state, &again.final_state, &plain.final_state)
     {
@@ -220,7 +220,7 @@ fn offsets_beyond_two_to_the_31_are_right() {
     let x = ChunkFwdInputs { q: &q, k: &k, v: &v, a: &a, b: &b, g: &g, initial_state: None };
     let y = chunk_fwd(&device, &case.shape(), &x, &case.options(SavedStates::Recomputed)).expect("runs");
     let o = stream.clone_dtoh(&y.o.slice(start..)).expect("copies");
-    let judge = Judge { pass: Pass::ChunkFwd, name: "o", class: Class::Output };
+    let judge = Judge { keys: Keys::Random, pass: Pass::ChunkFwd, name: "o", class: Class::Output };
     assert_eq!(judge.within::<bf16>(&widened(&o), &want.o), Ok(()));
 }
 
@@ -315,7 +315,7 @@ fn saved_states_are_as_many_as_chunks() {
         let options = ChunkFwdOptions::new(1.0);
         let one_part = ChunkFwd::<bf16>::new(&device, &shape, &options).expect("valid").states_len();
         let two_parts = ChunkFwd::<f32>::new(&device, &shape, &options).expect("valid").states_len();
-        assert_eq!(one_part, chunks * 3 * 64 * 32);
+        assert_eq!(one_part, chunks * 3 * (64 + 16) * 32);
         assert_eq!(two_parts, 2 * one_part);
     }
 }

@@ -134,6 +134,14 @@ pub fn limit_of_len(limit: f64, dtype: Dtype, len: usize) -> f64 {
     if len < 64 { limit.max(half_unit) } else { limit }
 }
 
+/// The limit of a chunk pass of DPLR in bf16 for keys that nearly repeat, at strength 1 and with little or no decay.
+///
+/// What is written is a difference of what is read then, whose rounding to bf16 remains. Seen on an H200, 2026-11-20:
+/// o 6.2e-3, final state 1.4e-2 (31 tokens without decay), dv 1.3e-2, da 1.4e-2.
+pub fn limit_of_alike_keys(limit: f64, dtype: Dtype) -> f64 {
+    if dtype == Dtype::Bf16 { 2.5 * limit } else { limit }
+}
+
 /// The error that a gate gradient of a chunk pass is judged by: `error` divided by `cancellation`, if that is above 1.
 ///
 /// A chunk pass forms the gradient as a difference of terms whose norm is `cancellation` times that of the result, so
@@ -413,17 +421,17 @@ const ROWS: &[Row] = &[
         limit: 5e-4,
     },
     // Chunks of 16 tokens, operands in bf16. RWKV-7: 1.5 times the worst that FLA 0.6.0 has on an H200 in the regimes of
-    // `FLA_ERRORS`, for each class; seen there, 2026-11-20: o 3.3e-3, da 4.4e-3, dw 3.0e-3. DPLR in the same regimes: o
-    // 4.0e-3, da 5.6e-3, dg 4.6e-3, which a test of its own holds against FLA's; without decay, keys that nearly repeat and
-    // strength 1 what is written is a difference of what is read, whose rounding to bf16 remains: seen o 6.2e-3, dv 1.3e-2,
-    // da 1.4e-2.
+    // `FLA_ERRORS`, for each class; seen there, 2026-11-20: o 3.3e-3, da 4.5e-3, dw 3.0e-3; of one token o is one
+    // number for each head times v, whose rounding no sum evens out: 4.2e-3, and the row for o above that. DPLR in the same regimes: o
+    // 4.0e-3, da 5.6e-3, dg 4.6e-3, which a test of its own holds against FLA's. Keys that nearly repeat have
+    // `limit_of_alike_keys`.
     Row {
         backend: Backend::Gpu,
         models: &[Model::Rwkv7],
         passes: &[Pass::ChunkFwd],
         dtypes: &[Dtype::Bf16],
         classes: &[Class::Output, Class::FinalState],
-        limit: 3.7e-3,
+        limit: 4.5e-3,
     },
     Row {
         backend: Backend::Gpu,
@@ -447,7 +455,7 @@ const ROWS: &[Row] = &[
         passes: &[Pass::ChunkFwd],
         dtypes: &[Dtype::Bf16],
         classes: &[Class::Output, Class::FinalState],
-        limit: 1e-2,
+        limit: 6.1e-3,
     },
     Row {
         backend: Backend::Gpu,
@@ -455,7 +463,7 @@ const ROWS: &[Row] = &[
         passes: &[Pass::ChunkBwd],
         dtypes: &[Dtype::Bf16],
         classes: &[Class::Grad],
-        limit: 2.2e-2,
+        limit: 8.7e-3,
     },
     Row {
         backend: Backend::Gpu,
