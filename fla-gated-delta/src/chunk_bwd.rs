@@ -15,6 +15,7 @@ use crate::chunk_fwd::{
     ChunkFwdInputs, ChunkFwdIntra, ChunkFwdOptions, ChunkFwdState, Maps, Matrices, ScanTargets, align_of,
     check_aligns, check_inputs, intra_unit, joined, scan_config, state_unit,
 };
+use crate::chunk_fwd_sm90::{ChunkFwdWhole, WholeConfig, WholeKept, WholeTargets, whole_units};
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, OutputConfig, Scan, ScanConfig, grid, too_large,
 };
@@ -136,8 +137,9 @@ pub struct ChunkBwdResult<T> {
 /// Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 #[derive(Debug)]
 pub struct ChunkBwd<T> {
-    intra: ChunkFwdIntra<T>,
-    forward: ChunkFwdState<T>,
+    /// Stages of the forward pass; where one kernel does all, those that it needs before.
+    stages: Option<(ChunkFwdIntra<T>, ChunkFwdState<T>)>,
+    whole: Option<ChunkFwdWhole<T>>,
     state: Kernel<ChunkBwdStateParams<T>>,
     /// What runs before it where sequences are cut into segments.
     state_maps: Option<Kernel<ChunkBwdStateParams<T>>>,
@@ -176,14 +178,29 @@ impl<T: Element> ChunkBwd<T> {
         tracing::debug!(?output, ?forms, "gated_delta chunk_bwd");
         let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
         // All compile at once where there is a processor for each.
-        let (intra, forward, state, state_maps, output_kernel) = std::thread::scope(|threads| {
-            let intra = threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
-            let forward =
-                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States));
+        let is_whole =
+            WholeConfig::is_for(&tiles, shape.seqs.b().saturating_mul(shape.seqs.t()), device.arch());
+        let is_staged = !is_whole || scan.segment.is_some();
+        let wanted = if is_whole { Scan::Starts } else { Scan::States };
+        let (intra, forward, whole, state, state_maps, output_kernel) = std::thread::scope(|threads| {
+            let intra = is_staged.then(|| {
+                threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)))
+            });
+            let forward = is_staged.then(|| {
+                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, wanted))
+            });
+            let whole = is_whole.then(|| {
+                threads.spawn(|| {
+                    let (sequences, is_cut) = ((&shape.seqs, shape.hv), scan.segment.is_some());
+                    let whole = WholeConfig::new(&tiles, sequences, is_cut, device.sm_count());
+                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
+                })
+            });
             let maps = threads.spawn(|| scan.segment.map(|_| kernel(Scan::GradientMaps)).transpose());
             let state = threads.spawn(|| kernel(Scan::Gradients));
             let output = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
-            (joined(intra), joined(forward), joined(state), joined(maps), output)
+            let forward = forward.map(joined);
+            (intra.map(joined), forward, whole.map(joined), joined(state), joined(maps), output)
         });
         let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         // A block for each multiprocessor, which takes chunks in turn.
@@ -191,8 +208,8 @@ impl<T: Element> ChunkBwd<T> {
         grid("NT", tables.chunks_len, shape.h)?;
         let output_grid = grid("NT * H", items.min(device.sm_count() as usize), 1)?;
         Ok(Self {
-            intra: intra?,
-            forward: forward?,
+            stages: intra.transpose()?.zip(forward.transpose()?),
+            whole: whole.transpose()?,
             state: state?,
             state_maps: state_maps?,
             state_grid: grid("N * HV", heads, scan.slices(&tiles))?,
@@ -211,10 +228,17 @@ impl<T: Element> ChunkBwd<T> {
     /// of C by C and eight rows of factors.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let [a, b, c] = self.intra.workspace_parts(&self.shape, &self.tables);
+        let [a, b, c] = Matrices::bytes(&self.tiles, self.tables.chunks_len.saturating_mul(self.shape.hv));
         let [states, values, dg] = self.workspace_parts();
-        let [maps, kept, d_maps] = self.forward.maps_bytes(&self.shape, &self.tables);
-        Workspace::bytes(&[a, b, c, states, states, values, values, dg, maps, kept, d_maps])
+        let [maps, kept, d_maps, starts] = self.maps_bytes();
+        Workspace::bytes(&[a, b, c, states, states, values, values, dg, maps, kept, starts, d_maps])
+    }
+
+    /// Bytes of maps of segments, of whether they keep anything, of those of gradients, and of states before segments.
+    fn maps_bytes(&self) -> [usize; 4] {
+        let Some((_, forward)) = &self.stages else { return [0; 4] };
+        let [maps, kept, d_maps] = forward.maps_bytes(&self.shape, &self.tables);
+        [maps, kept, d_maps, forward.starts_bytes(&self.shape, &self.tables)]
     }
 
     /// Bytes of states, of what rows write, and of the gradients of log decays.
@@ -245,7 +269,11 @@ impl<T: Element> ChunkBwd<T> {
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
         let forward = forward_inputs(x);
         let on = (&self.shape, &self.tables);
-        let matrices = self.intra.run(stream, on, &forward, &workspace)?;
+        let heads = self.tables.chunks_len.saturating_mul(self.shape.hv);
+        let mut matrices = match &self.stages {
+            Some((intra, _)) => intra.run(stream, on, &forward, &workspace)?,
+            None => Matrices::take(&self.tiles, heads, &workspace)?,
+        };
         let [states, values, dg] = self.workspace_parts();
         let mut kept = Kept {
             states: workspace.take(states)?,
@@ -254,16 +282,32 @@ impl<T: Element> ChunkBwd<T> {
             dx: workspace.take(values)?,
         };
         let mut dg_of_logs = workspace.take::<f32>(dg / size_of::<f32>())?;
-        let mut maps = self.forward.take_maps(&self.shape, &self.tables, &workspace)?;
-        let [.., d_maps] = self.forward.maps_bytes(&self.shape, &self.tables);
-        let mut d_maps = workspace.take::<f32>(d_maps / size_of::<f32>())?;
-        let to = ScanTargets {
-            o: None,
-            final_state: None,
-            kept: Some([&mut kept.states, &mut kept.written]),
-            maps: &mut maps,
+        let [maps, has_map, d_maps, starts] = self.maps_bytes();
+        let mut maps = Maps {
+            maps: workspace.take(maps / size_of::<f32>())?,
+            kept: workspace.take(has_map / size_of::<i32>())?,
         };
-        self.forward.run(stream, on, (&forward, &matrices), to)?;
+        let mut starts = workspace.take::<f32>(starts / size_of::<f32>())?;
+        let mut d_maps = workspace.take::<f32>(d_maps / size_of::<f32>())?;
+        if let Some((_, scan)) = &self.stages {
+            let kept = match self.whole {
+                Some(_) => None,
+                None => Some([&mut kept.states, &mut kept.written]),
+            };
+            let starts = Some(&mut starts);
+            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps, starts };
+            scan.run(stream, on, (&forward, &matrices), to)?;
+        }
+        if let Some(whole) = &self.whole {
+            let is_cut = self.stages.is_some();
+            let kept = WholeKept {
+                states: &mut kept.states,
+                written: &mut kept.written,
+                matrices: (!is_cut).then_some(&mut matrices),
+            };
+            let to = WholeTargets { o: None, final_state: None, kept: Some(kept) };
+            whole.run(stream, on, (&forward, is_cut.then_some(&starts)), to)?;
+        }
         self.run_state(stream, x, dx, (&matrices, &mut kept, &maps, &mut d_maps))?;
         self.run_output(stream, x, dx, (&matrices, &kept, &mut dg_of_logs))?;
         match (&self.logits, x.g, &mut dx.dg) {
@@ -504,6 +548,7 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
         out.push(intra_unit::<T>(&tiles, forms, arch));
     }
     out.extend(output_units::<T>(&tiles, forms));
+    out.extend(whole_units::<T>(&tiles, forms, true, arch));
     out
 }
 

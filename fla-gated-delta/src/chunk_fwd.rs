@@ -11,6 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Shape;
+use crate::chunk_fwd_sm90::{ChunkFwdWhole, WholeConfig, WholeTargets, whole_units};
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, FACTORS, Scan, ScanConfig, check_forms, grid, intra_smem_bytes,
     too_large,
@@ -172,8 +173,9 @@ pub struct ChunkFwdResult<T> {
 /// Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 #[derive(Debug)]
 pub struct ChunkFwd<T> {
-    intra: ChunkFwdIntra<T>,
-    state: ChunkFwdState<T>,
+    /// The stages one by one; where one kernel does all, those that it needs before.
+    stages: Option<(ChunkFwdIntra<T>, ChunkFwdState<T>)>,
+    whole: Option<ChunkFwdWhole<T>>,
     tables: ChunkTables,
     shape: Shape,
     forms: Forms,
@@ -198,22 +200,40 @@ impl<T: Element> ChunkFwd<T> {
         let tiles = ChunkTiles::new(T::DTYPE, shape.k, shape.v, Direction::Forward);
         let config = scan_config(device, shape, &tiles)?;
         let tables = ChunkTables::new(device, &shape.seqs, tiles.c, config.segment)?;
-        let (intra, state) = std::thread::scope(|scope| {
-            // Both compile at once where there is a processor for each.
-            let intra = scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
-            let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
-            (joined(intra), state)
+        let is_whole =
+            WholeConfig::is_for(&tiles, shape.seqs.b().saturating_mul(shape.seqs.t()), device.arch());
+        let is_staged = !is_whole || config.segment.is_some();
+        let scan = if is_whole { Scan::Starts } else { Scan::Outputs };
+        let (intra, whole, state) = std::thread::scope(|scope| {
+            // All compile at once where there is a processor for each.
+            let intra = is_staged
+                .then(|| scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms))));
+            let whole = is_whole.then(|| {
+                scope.spawn(|| {
+                    let sequences = (&shape.seqs, shape.hv);
+                    let is_cut = config.segment.is_some();
+                    let whole = WholeConfig::new(&tiles, sequences, is_cut, device.sm_count());
+                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, false))
+                })
+            });
+            let state =
+                is_staged.then(|| ChunkFwdState::new(device, shape, (&tiles, &config), &tables, scan));
+            (intra.map(joined), whole.map(joined), state)
         });
-        Ok(Self { intra: intra?, state: state?, tables, shape: shape.clone(), forms })
+        let stages = intra.transpose()?.zip(state.transpose()?);
+        Ok(Self { stages, whole: whole.transpose()?, tables, shape: shape.clone(), forms })
     }
 
-    /// Bytes of the workspace that a run needs: for every chunk and value head two matrices of C by C and eight rows, and for
-    /// every segment of a sequence that is cut into several how it changes a state.
+    /// Bytes of the workspace that a run needs. Where one kernel does all that is next to nothing; otherwise for every chunk
+    /// and value head two matrices of C by C and eight rows, and for every segment of a sequence that is cut into several how
+    /// it changes a state.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let [inverse, scores, factors] = self.intra.workspace_parts(&self.shape, &self.tables);
-        let [maps, kept, _] = self.state.maps_bytes(&self.shape, &self.tables);
-        Workspace::bytes(&[inverse, scores, factors, maps, kept])
+        let Some((intra, state)) = &self.stages else { return Workspace::bytes(&[1]) };
+        let [inverse, scores, factors] = intra.workspace_parts(&self.shape, &self.tables);
+        let [maps, kept, _] = state.maps_bytes(&self.shape, &self.tables);
+        let starts = state.starts_bytes(&self.shape, &self.tables);
+        Workspace::bytes(&[inverse, scores, factors, maps, kept, starts])
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -243,15 +263,23 @@ impl<T: Element> ChunkFwd<T> {
             align_of("final_state", stream, &mut **state)?;
         }
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
-        let matrices = self.intra.run(stream, (shape, &self.tables), x, &workspace)?;
-        let mut maps = self.state.take_maps(&self.shape, &self.tables, &workspace)?;
-        let to = ScanTargets {
-            o: Some(&mut *y.o),
-            final_state: y.final_state.as_deref_mut(),
-            kept: None,
-            maps: &mut maps,
-        };
-        self.state.run(stream, (shape, &self.tables), (x, &matrices), to)
+        let on = (shape, &self.tables);
+        let mut starts = None;
+        if let Some((intra, state)) = &self.stages {
+            let matrices = intra.run(stream, on, x, &workspace)?;
+            let mut maps = state.take_maps(shape, &self.tables, &workspace)?;
+            let mut taken = workspace.take(state.starts_bytes(shape, &self.tables) / size_of::<f32>())?;
+            let (o, final_state) = match self.whole {
+                Some(_) => (None, None),
+                None => (Some(&mut *y.o), y.final_state.as_deref_mut()),
+            };
+            let to = ScanTargets { o, final_state, kept: None, maps: &mut maps, starts: Some(&mut taken) };
+            state.run(stream, on, (x, &matrices), to)?;
+            starts = Some(taken);
+        }
+        let Some(whole) = &self.whole else { return Ok(()) };
+        let to = WholeTargets { o: Some(&mut *y.o), final_state: y.final_state.as_deref_mut(), kept: None };
+        whole.run(stream, on, (x, starts.as_ref()), to)
     }
 }
 
@@ -335,6 +363,28 @@ pub(crate) struct Matrices<'a> {
     pub(crate) factors: RawSlice<'a, f32>,
 }
 
+impl<'a> Matrices<'a> {
+    /// Bytes of the inverses, the scores and the factors, for every chunk of so many heads.
+    pub(crate) fn bytes(tiles: &ChunkTiles, heads: usize) -> [usize; 3] {
+        let c = tiles.c;
+        let matrices = heads.saturating_mul(c * c * tiles.work().bytes());
+        [matrices, matrices, heads.saturating_mul(FACTORS * c * size_of::<f32>())]
+    }
+
+    pub(crate) fn take(
+        tiles: &ChunkTiles,
+        heads: usize,
+        workspace: &'a Workspace<'_>,
+    ) -> Result<Self, Error> {
+        let [inverse, scores, factors] = Self::bytes(tiles, heads);
+        Ok(Self {
+            inverse: workspace.take::<u8>(inverse)?,
+            scores: workspace.take::<u8>(scores)?,
+            factors: workspace.take::<f32>(factors / size_of::<f32>())?,
+        })
+    }
+}
+
 /// The stage `intra` of a plan, for both directions.
 #[derive(Debug)]
 pub(crate) struct ChunkFwdIntra<T> {
@@ -366,10 +416,7 @@ impl<T: Element> ChunkFwdIntra<T> {
 
     /// Bytes of the inverses, the scores and the factors.
     pub(crate) fn workspace_parts(&self, shape: &Shape, tables: &ChunkTables) -> [usize; 3] {
-        let ChunkTiles { c, .. } = self.tiles;
-        let heads = tables.chunks_len.saturating_mul(shape.hv);
-        let matrices = heads.saturating_mul(c * c * self.tiles.work().bytes());
-        [matrices, matrices, heads.saturating_mul(FACTORS * c * size_of::<f32>())]
+        Matrices::bytes(&self.tiles, tables.chunks_len.saturating_mul(shape.hv))
     }
 
     pub(crate) fn run<'a>(
@@ -379,12 +426,7 @@ impl<T: Element> ChunkFwdIntra<T> {
         x: &ChunkFwdInputs<'_, T>,
         workspace: &'a Workspace<'_>,
     ) -> Result<Matrices<'a>, Error> {
-        let [inverse, scores, factors] = self.workspace_parts(shape, tables);
-        let mut to = Matrices {
-            inverse: workspace.take::<u8>(inverse)?,
-            scores: workspace.take::<u8>(scores)?,
-            factors: workspace.take::<f32>(factors / size_of::<f32>())?,
-        };
+        let mut to = Matrices::take(&self.tiles, tables.chunks_len.saturating_mul(shape.hv), workspace)?;
         let Some(grid) = self.grid else { return Ok(to) };
         let (g, raw) = match x.g {
             Gate::None => (None, None),
@@ -422,6 +464,7 @@ pub(crate) struct ScanTargets<'a, 'b, 'c, T> {
     pub(crate) final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
     pub(crate) kept: Option<[&'a mut RawSlice<'c, u8>; 2]>,
     pub(crate) maps: &'a mut Maps<'c>,
+    pub(crate) starts: Option<&'a mut RawSlice<'c, f32>>,
 }
 
 /// How segments change states, where sequences are cut into several; empty otherwise.
@@ -440,6 +483,7 @@ pub(crate) struct ChunkFwdState<T> {
     maps: Option<(Kernel<ChunkFwdStateParams<T>>, Grid)>,
     tiles: ChunkTiles,
     config: ScanConfig,
+    scan: Scan,
 }
 
 impl<T: Element> ChunkFwdState<T> {
@@ -462,12 +506,18 @@ impl<T: Element> ChunkFwdState<T> {
         });
         let maps = maps.transpose()?.and_then(|(kernel, grid)| grid.map(|grid| (kernel, grid)));
         let (kernel, grid) = main?;
-        Ok(Self { kernel, grid, maps, tiles: *tiles, config: *config })
+        Ok(Self { kernel, grid, maps, tiles: *tiles, config: *config, scan })
     }
 
     /// Bytes of the maps, of whether they keep anything, and of those of gradients.
     pub(crate) fn maps_bytes(&self, shape: &Shape, tables: &ChunkTables) -> [usize; 3] {
         self.config.maps_bytes(&self.tiles, tables.segments_len.saturating_mul(shape.hv))
+    }
+
+    /// Bytes of states before segments, where these are what is wanted.
+    pub(crate) fn starts_bytes(&self, shape: &Shape, tables: &ChunkTables) -> usize {
+        let heads = tables.segments_len.saturating_mul(shape.hv);
+        if self.scan == Scan::Starts { self.config.starts_bytes(&self.tiles, heads) } else { 0 }
     }
 
     pub(crate) fn take_maps<'a>(
@@ -491,7 +541,7 @@ impl<T: Element> ChunkFwdState<T> {
         to: ScanTargets<'_, '_, '_, T>,
     ) -> Result<(), Error> {
         let Some(grid) = self.grid else { return Ok(()) };
-        let ScanTargets { mut o, mut final_state, mut kept, maps } = to;
+        let ScanTargets { mut o, mut final_state, mut kept, maps, mut starts } = to;
         let launches = self.maps.as_ref().map(|(kernel, grid)| (kernel, *grid));
         for (kernel, grid) in launches.into_iter().chain([(&self.kernel, grid)]) {
             let [states, written] = match &mut kept {
@@ -513,6 +563,7 @@ impl<T: Element> ChunkFwdState<T> {
                 written: bind.write_opt("workspace", written),
                 maps: bind.write("workspace", &mut maps.maps),
                 kept: bind.write("workspace", &mut maps.kept),
+                starts: bind.write_opt("workspace", starts.as_deref_mut()),
                 // `new` of the plan has checked that H and HV fit.
                 h: shape.h as i32,
                 hv: shape.hv as i32,
@@ -538,11 +589,15 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Forward);
     let scans = ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES).flat_map(|config| {
-        let scans =
-            if config.segment.is_some() { &[Scan::Outputs, Scan::Maps][..] } else { &[Scan::Outputs] };
+        let scans = if config.segment.is_some() {
+            &[Scan::Outputs, Scan::Maps, Scan::Starts][..]
+        } else {
+            &[Scan::Outputs]
+        };
         scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan))
     });
-    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).collect()
+    let whole = whole_units::<T>(&tiles, forms, false, arch);
+    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).chain(whole).collect()
 }
 
 pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, arch: Arch) -> Unit {
@@ -562,6 +617,7 @@ pub(crate) fn state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, sc
         .with_config(tiles.with_tiles(unit), tiles, scan)
         .with("OUTPUT", scan == Scan::Outputs)
         .with("KEEP", scan == Scan::States)
+        .with("STARTS", scan == Scan::Starts)
 }
 
 /// Twin of `fla::gated_delta::ChunkFwdIntraParams`.
@@ -623,6 +679,7 @@ pub(crate) struct ChunkFwdStateParams<T> {
     written: PtrMut<u8>,
     maps: PtrMut<f32>,
     kept: PtrMut<i32>,
+    starts: PtrMut<f32>,
     h: i32,
     hv: i32,
 }
@@ -645,6 +702,7 @@ unsafe impl<T: Element> Params for ChunkFwdStateParams<T> {
         Field::new("written", "Cfg::Work*", offset_of!(Self, written)),
         Field::new("maps", "float*", offset_of!(Self, maps)),
         Field::new("kept", "fla::i32*", offset_of!(Self, kept)),
+        Field::new("starts", "float*", offset_of!(Self, starts)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
     ];

@@ -6,6 +6,7 @@ mod shape;
 
 mod chunk_bwd;
 mod chunk_fwd;
+mod chunk_fwd_sm90;
 
 mod recurrent_bwd;
 mod recurrent_fwd;
