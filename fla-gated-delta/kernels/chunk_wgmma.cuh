@@ -14,6 +14,14 @@
 
 namespace fla::gated_delta {
 
+// `x`, but so that the compiler cannot tell. Addresses that are made of it are made where they are used, and do not take
+// registers from one use to the next.
+__device__ inline int fresh(int x) {
+    u32 y[1] = {u32(x)};
+    fla::hold(y);
+    return int(y[0]);
+}
+
 template <int ROWS, int COLS>
 __device__ void hold(RegTile<ROWS, COLS>& r) {
     fla::hold(reinterpret_cast<float(&)[ROWS * COLS / 32]>(r.at));
@@ -29,9 +37,9 @@ template <Major MAJOR, class Half, int ROWS, int COLS>
 struct Operand {
     u32 low, high;
 
-    __device__ explicit Operand(const OperandTile<Half, 1, ROWS, COLS>& s) {
+    __device__ Operand(const OperandTile<Half, 1, ROWS, COLS>& s, int col) {
         static_assert(SharedTile<Half, ROWS, COLS>::SWIZZLED, "whole panels of 64 columns");
-        const u64 start = wgmma_descriptor<ROWS>(&s, 0, 0);
+        const u64 start = wgmma_descriptor<ROWS>(&s, 0, col);
         low = u32(start);
         high = u32(start >> 32);
     }
@@ -42,8 +50,8 @@ struct Operand {
     }
 };
 template <Major MAJOR, class Half, int ROWS, int COLS>
-__device__ Operand<MAJOR, Half, ROWS, COLS> operand(const OperandTile<Half, 1, ROWS, COLS>& s) {
-    return Operand<MAJOR, Half, ROWS, COLS>(s);
+__device__ Operand<MAJOR, Half, ROWS, COLS> operand(const OperandTile<Half, 1, ROWS, COLS>& s, int col = 0) {
+    return {s, col};
 }
 
 // One step: 16 of the inner dim.
@@ -96,25 +104,84 @@ __device__ void start_times_transposed(
 }
 
 // r = a b, or r += a b, for 64 rows of a product from shared memory. A left operand with Major::MN is the transpose of its
-// tile, and so is a right operand with Major::K.
+// tile, and so is a right operand with Major::K; one with Major::MN is of its columns from `col_b` on.
 template <Major A, Major B, int INNER, class Half, int N, int A_ROWS, int A_COLS, int B_ROWS, int B_COLS>
 __device__ void start_product(
     RegTile<16, N>& r,
     const OperandTile<Half, 1, A_ROWS, A_COLS>& s_a,
     const OperandTile<Half, 1, B_ROWS, B_COLS>& s_b,
-    bool add
+    bool add,
+    int col_b = 0
 ) {
     const auto a = operand<A>(s_a);
-    const auto b = operand<B>(s_b);
+    const auto b = operand<B>(s_b, col_b);
     #pragma unroll
     for (int k = 0; k < INNER; k += 16) step<Half, A, B>(r, a.at(k), b.at(k), add || k > 0);
+}
+
+// Where this lane has its pairs of the 16 rows from `row0` on, a multiple of 8, of a tile with the 128-byte swizzle: in bytes
+// from the start. Of all the addresses of a fragment only eight differ by more than a constant, and these by one instruction.
+__device__ inline u32 lane_place(int row0) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    return u32(fresh((row0 + g) * 128 + g * 16 + t * 4));
+}
+
+// The pair in row row0 + g + 8 i and columns 8 j + 2 t and the next.
+template <class Half, int ROWS, int COLS>
+__device__ u32& pair_at(OperandTile<Half, 1, ROWS, COLS>& s, u32 place, int i, int j) {
+    static_assert(SharedTile<Half, ROWS, COLS>::SWIZZLED, "whole panels of 64 columns");
+    char* bytes = reinterpret_cast<char*>(&s);
+    return *reinterpret_cast<u32*>(bytes + (place ^ u32(j % 8 * 16)) + (j / 8 * (ROWS * 128) + i * 1024));
+}
+template <class Half, int ROWS, int COLS>
+__device__ u32 pair_at(const OperandTile<Half, 1, ROWS, COLS>& s, u32 place, int i, int j) {
+    return pair_at(const_cast<OperandTile<Half, 1, ROWS, COLS>&>(s), place, i, j);
+}
+
+// The warp's 16 rows of `s` from row0 on = r, or a.
+template <class Half, int ROWS, int COLS>
+__device__ void store_result_at(OperandTile<Half, 1, ROWS, COLS>& s, const RegTile<16, COLS>& r, int row0) {
+    const u32 place = lane_place(row0);
+    #pragma unroll
+    for (int j = 0; j < COLS / 8; ++j) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) pair_at(s, place, i, j) = pack2<Half>(r.at[0][j][2 * i], r.at[0][j][2 * i + 1]);
+    }
+}
+template <class Half, int ROWS, int COLS>
+__device__ void store_operand_at(OperandTile<Half, 1, ROWS, COLS>& s, const OperandA<Half, 1, 16, COLS>& a, int row0) {
+    const u32 place = lane_place(row0);
+    #pragma unroll
+    for (int j = 0; j < COLS / 8; ++j) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) pair_at(s, place, i, j) = a.part[0].at[0][j / 2][j % 2 * 2 + i];
+    }
+}
+
+// The sums over a row of what four neighbouring lanes hold of `x`, columns col0 and on, times the numbers of `s` there.
+template <int N, class Half, int ROWS, int COLS>
+__device__ void row_dots_at(
+    float (&sums)[2], const RegTile<16, N>& x, const OperandTile<Half, 1, ROWS, COLS>& s, int row0, int col0
+) {
+    const u32 place = lane_place(row0);
+    sums[0] = sums[1] = 0.0f;
+    #pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float2 y = unpack2<Half>(pair_at(s, place, i, col0 / 8 + j));
+            sums[i] = fmaf(y.x, x.at[0][j][2 * i], fmaf(y.y, x.at[0][j][2 * i + 1], sums[i]));
+        }
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) sums[i] = group_sum<4>(sums[i]);
 }
 
 // The transpose of a result: element (i, j) to dst[j stride + i], the first `rows` of its columns. Everything is exchanged
 // first and then stored: one after the other, each would wait for the last.
 template <class Element, int N>
 __device__ void store_columns(Element* dst, i64 stride, const RegTile<16, N>& x, int rows) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
+    const int lane = fresh(lane_id()), g = lane / 4, t = lane % 4;
     const bool odd = t & 1;
     Words<2> four[N / 8];
     #pragma unroll

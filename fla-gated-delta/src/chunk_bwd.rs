@@ -11,6 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Shape;
+use crate::chunk_bwd_sm90::{ChunkBwdWhole, WholeInputs, whole_unit};
 use crate::chunk_fwd::{
     ChunkFwdInputs, ChunkFwdIntra, ChunkFwdOptions, ChunkFwdState, Maps, Matrices, ScanTargets, align_of,
     check_aligns, check_inputs, intra_unit, joined, scan_config, state_unit,
@@ -140,19 +141,27 @@ pub struct ChunkBwd<T> {
     /// Stages of the forward pass; where one kernel does all, those that it needs before.
     stages: Option<(ChunkFwdIntra<T>, ChunkFwdState<T>)>,
     whole: Option<ChunkFwdWhole<T>>,
-    state: Kernel<ChunkBwdStateParams<T>>,
-    /// What runs before it where sequences are cut into segments.
-    state_maps: Option<Kernel<ChunkBwdStateParams<T>>>,
+    /// Gradients of states, after what they start from where sequences are cut into segments.
+    states: Vec<Kernel<ChunkBwdStateParams<T>>>,
     state_grid: Option<Grid>,
-    output: Kernel<ChunkBwdOutputParams<T>>,
-    output_grid: Option<Grid>,
+    gradients: Gradients<T>,
     /// For a raw gate.
     logits: Option<GateOfLogits<T>>,
     tables: ChunkTables,
     tiles: ChunkTiles,
+    scan: ScanConfig,
     shape: Shape,
     forms: Forms,
     scale: f32,
+}
+
+/// What makes the gradients of chunks.
+#[derive(Debug)]
+enum Gradients<T> {
+    /// From gradients of states that are in memory, chunk by chunk.
+    Output(Kernel<ChunkBwdOutputParams<T>>, Option<Grid>),
+    /// On the walk over the states.
+    Whole(ChunkBwdWhole<T>),
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -177,77 +186,92 @@ impl<T: Element> ChunkBwd<T> {
         let heads = tables.segments_len.saturating_mul(shape.hv);
         tracing::debug!(?output, ?forms, "gated_delta chunk_bwd");
         let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
-        // All compile at once where there is a processor for each.
-        let is_whole =
-            WholeConfig::is_for(&tiles, shape.seqs.b().saturating_mul(shape.seqs.t()), device.arch());
-        let is_staged = !is_whole || scan.segment.is_some();
-        let wanted = if is_whole { Scan::Starts } else { Scan::States };
-        let (intra, forward, whole, state, state_maps, output_kernel) = std::thread::scope(|threads| {
-            let intra = is_staged.then(|| {
-                threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)))
-            });
-            let forward = is_staged.then(|| {
-                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, wanted))
-            });
-            let whole = is_whole.then(|| {
-                threads.spawn(|| {
-                    let (sequences, is_cut) = ((&shape.seqs, shape.hv), scan.segment.is_some());
-                    let whole = WholeConfig::new(&tiles, sequences, is_cut, device.sm_count());
-                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
-                })
-            });
-            let maps = threads.spawn(|| scan.segment.map(|_| kernel(Scan::GradientMaps)).transpose());
-            let state = threads.spawn(|| kernel(Scan::Gradients));
-            let output = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
-            let forward = forward.map(joined);
-            (intra.map(joined), forward, whole.map(joined), joined(state), joined(maps), output)
-        });
-        let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         // A block for each multiprocessor, which takes chunks in turn.
         let items = tables.chunks_len.saturating_mul(shape.h);
         grid("NT", tables.chunks_len, shape.h)?;
         let output_grid = grid("NT * H", items.min(device.sm_count() as usize), 1)?;
+        let forward_is_whole = WholeConfig::is_for(&tiles, shape, scan.segment.is_some(), device.arch());
+        let is_whole = ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
+        let walks: &[Scan] = match (scan.segment, is_whole) {
+            (None, false) => &[Scan::Gradients],
+            (Some(_), false) => &[Scan::GradientMaps, Scan::Gradients],
+            (None, true) => &[],
+            (Some(_), true) => &[Scan::GradientMaps, Scan::Ends],
+        };
+        // All compile at once where there is a processor for each.
+        let (intra, forward, whole, states, gradients) = std::thread::scope(|threads| {
+            let intra = (!forward_is_whole).then(|| {
+                threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)))
+            });
+            let forward = (!forward_is_whole).then(|| {
+                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States))
+            });
+            let whole = forward_is_whole.then(|| {
+                threads.spawn(|| {
+                    let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), false, device.sm_count());
+                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
+                })
+            });
+            let kernel = &kernel;
+            let states: Vec<_> = walks.iter().map(|walk| threads.spawn(|| kernel(*walk))).collect();
+            let gradients = if is_whole {
+                ChunkBwdWhole::new(device, shape, (&tiles, &tables), (scale, &forms)).map(Gradients::Whole)
+            } else {
+                let kernel = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
+                kernel.map(|kernel| Gradients::Output(kernel, output_grid))
+            };
+            let states: Result<Vec<_>, Error> = states.into_iter().map(joined).collect();
+            (intra.map(joined), forward.map(joined), whole.map(joined), states, gradients)
+        });
+        let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         Ok(Self {
             stages: intra.transpose()?.zip(forward.transpose()?),
             whole: whole.transpose()?,
-            state: state?,
-            state_maps: state_maps?,
+            states: states?,
             state_grid: grid("N * HV", heads, scan.slices(&tiles))?,
-            output: output_kernel?,
-            output_grid,
+            gradients: gradients?,
             logits,
             tables,
             tiles,
+            scan,
             shape: shape.clone(),
             forms,
             scale,
         })
     }
 
-    /// Bytes of the workspace that a run needs: for every chunk and value head two states, two rows of values, two matrices
-    /// of C by C and eight rows of factors.
+    /// Bytes of the workspace that a run needs: for every chunk and value head a state, a row of values, two matrices of C by
+    /// C and eight rows of factors; a second state and row where the gradients of states take a launch of their own.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
         let [a, b, c] = Matrices::bytes(&self.tiles, self.tables.chunks_len.saturating_mul(self.shape.hv));
-        let [states, values, dg] = self.workspace_parts();
-        let [maps, kept, d_maps, starts] = self.maps_bytes();
-        Workspace::bytes(&[a, b, c, states, states, values, values, dg, maps, kept, starts, d_maps])
+        let [states, values, d_states, d_values, dg] = self.workspace_parts();
+        let [maps, kept, d_maps, ends] = self.maps_bytes();
+        Workspace::bytes(&[a, b, c, states, values, d_states, d_values, dg, maps, kept, d_maps, ends])
     }
 
-    /// Bytes of maps of segments, of whether they keep anything, of those of gradients, and of states before segments.
+    /// Bytes of maps of segments, of whether they keep anything, of those of gradients, and of gradients of states after
+    /// segments.
     fn maps_bytes(&self) -> [usize; 4] {
-        let Some((_, forward)) = &self.stages else { return [0; 4] };
-        let [maps, kept, d_maps] = forward.maps_bytes(&self.shape, &self.tables);
-        [maps, kept, d_maps, forward.starts_bytes(&self.shape, &self.tables)]
+        let heads = self.tables.segments_len.saturating_mul(self.shape.hv);
+        let [maps, kept, d_maps] = self.scan.maps_bytes(&self.tiles, heads);
+        let is_whole = matches!(self.gradients, Gradients::Whole(_));
+        [maps, kept, d_maps, if is_whole { self.scan.starts_bytes(&self.tiles, heads) } else { 0 }]
     }
 
-    /// Bytes of states, of what rows write, and of the gradients of log decays.
-    fn workspace_parts(&self) -> [usize; 3] {
+    /// Bytes of states, of what rows write, of the gradients of both, and of those of log decays.
+    fn workspace_parts(&self) -> [usize; 5] {
         let (tiles, shape) = (&self.tiles, &self.shape);
         let heads = self.tables.chunks_len.saturating_mul(shape.hv);
         let columns = tiles.padded_v() * tiles.work().bytes();
         let dg = if self.logits.is_some() { shape.head_len().saturating_mul(size_of::<f32>()) } else { 0 };
-        [heads.saturating_mul(columns * tiles.padded_k()), heads.saturating_mul(columns * tiles.c), dg]
+        let states = heads.saturating_mul(columns * tiles.padded_k());
+        let values = heads.saturating_mul(columns * tiles.c);
+        let [d_states, d_values] = match self.gradients {
+            Gradients::Output(..) => [states, values],
+            Gradients::Whole(_) => [0, 0],
+        };
+        [states, values, d_states, d_values, dg]
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -274,42 +298,45 @@ impl<T: Element> ChunkBwd<T> {
             Some((intra, _)) => intra.run(stream, on, &forward, &workspace)?,
             None => Matrices::take(&self.tiles, heads, &workspace)?,
         };
-        let [states, values, dg] = self.workspace_parts();
+        let [states, values, d_states, d_values, dg] = self.workspace_parts();
         let mut kept = Kept {
             states: workspace.take(states)?,
             written: workspace.take(values)?,
-            d_states: workspace.take(states)?,
-            dx: workspace.take(values)?,
+            d_states: workspace.take(d_states)?,
+            dx: workspace.take(d_values)?,
         };
         let mut dg_of_logs = workspace.take::<f32>(dg / size_of::<f32>())?;
-        let [maps, has_map, d_maps, starts] = self.maps_bytes();
+        let [maps, has_map, d_maps, ends] = self.maps_bytes();
         let mut maps = Maps {
             maps: workspace.take(maps / size_of::<f32>())?,
             kept: workspace.take(has_map / size_of::<i32>())?,
         };
-        let mut starts = workspace.take::<f32>(starts / size_of::<f32>())?;
-        let mut d_maps = workspace.take::<f32>(d_maps / size_of::<f32>())?;
+        let mut of_maps = MapGrads {
+            d_maps: workspace.take::<f32>(d_maps / size_of::<f32>())?,
+            ends: workspace.take::<f32>(ends / size_of::<f32>())?,
+        };
         if let Some((_, scan)) = &self.stages {
-            let kept = match self.whole {
-                Some(_) => None,
-                None => Some([&mut kept.states, &mut kept.written]),
-            };
-            let starts = Some(&mut starts);
-            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps, starts };
+            let kept = Some([&mut kept.states, &mut kept.written]);
+            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps, starts: None };
             scan.run(stream, on, (&forward, &matrices), to)?;
         }
         if let Some(whole) = &self.whole {
-            let is_cut = self.stages.is_some();
-            let kept = WholeKept {
-                states: &mut kept.states,
-                written: &mut kept.written,
-                matrices: (!is_cut).then_some(&mut matrices),
-            };
+            let matrices = Some(&mut matrices);
+            let kept = WholeKept { states: &mut kept.states, written: &mut kept.written, matrices };
             let to = WholeTargets { o: None, final_state: None, kept: Some(kept) };
-            whole.run(stream, on, (&forward, is_cut.then_some(&starts)), to)?;
+            whole.run(stream, on, (&forward, None), to)?;
         }
-        self.run_state(stream, x, dx, (&matrices, &mut kept, &maps, &mut d_maps))?;
-        self.run_output(stream, x, dx, (&matrices, &kept, &mut dg_of_logs))?;
+        self.run_states(stream, x, dx, (&matrices, &mut kept, &maps, &mut of_maps))?;
+        match &self.gradients {
+            Gradients::Output(kernel, grid) => {
+                self.run_output(stream, x, dx, (&matrices, &kept, &mut dg_of_logs, kernel, *grid))?;
+            }
+            Gradients::Whole(whole) => {
+                let ends = self.scan.segment.map(|_| &of_maps.ends);
+                let made = WholeInputs { matrices: &matrices, kept: &kept, ends };
+                whole.run(stream, on, (x, made), (dx, &mut dg_of_logs))?;
+            }
+        }
         match (&self.logits, x.g, &mut dx.dg) {
             (Some(logits), Gate::Raw { .. }, grads) => {
                 logits.run(stream, &self.shape, (x.g, &dg_of_logs), grads)
@@ -318,16 +345,16 @@ impl<T: Element> ChunkBwd<T> {
         }
     }
 
-    /// The gradients of states.
-    fn run_state(
+    /// The gradients of states, or of those after segments.
+    fn run_states(
         &self,
         stream: &CudaStream,
         x: &ChunkBwdInputs<'_, T>,
         dx: &mut ChunkBwdOutputs<'_, T>,
-        (matrices, kept, maps, d_maps): (&Matrices<'_>, &mut Kept<'_>, &Maps<'_>, &mut RawSlice<'_, f32>),
+        (matrices, kept, maps, of_maps): (&Matrices<'_>, &mut Kept<'_>, &Maps<'_>, &mut MapGrads<'_>),
     ) -> Result<(), Error> {
         let Some(grid) = self.state_grid else { return Ok(()) };
-        for kernel in self.state_maps.iter().chain([&self.state]) {
+        for kernel in &self.states {
             kernel.launch(stream, grid, |bind| ChunkBwdStateParams {
                 q: bind.read("q", x.q),
                 k: bind.read("k", x.k),
@@ -342,7 +369,8 @@ impl<T: Element> ChunkBwd<T> {
                 dx: bind.write("workspace", &mut kept.dx),
                 maps: bind.read("workspace", &maps.maps),
                 kept: bind.read("workspace", &maps.kept),
-                d_maps: bind.write("workspace", &mut *d_maps),
+                d_maps: bind.write("workspace", &mut of_maps.d_maps),
+                ends: bind.write("workspace", &mut of_maps.ends),
                 // `new` has checked that H and HV fit.
                 h: self.shape.h as i32,
                 hv: self.shape.hv as i32,
@@ -357,10 +385,16 @@ impl<T: Element> ChunkBwd<T> {
         stream: &CudaStream,
         x: &ChunkBwdInputs<'_, T>,
         dx: &mut ChunkBwdOutputs<'_, T>,
-        (matrices, kept, dg_of_logs): (&Matrices<'_>, &Kept<'_>, &mut RawSlice<'_, f32>),
+        (matrices, kept, dg_of_logs, kernel, grid): (
+            &Matrices<'_>,
+            &Kept<'_>,
+            &mut RawSlice<'_, f32>,
+            &Kernel<ChunkBwdOutputParams<T>>,
+            Option<Grid>,
+        ),
     ) -> Result<(), Error> {
-        let Some(grid) = self.output_grid else { return Ok(()) };
-        self.output.launch(stream, grid, |bind| ChunkBwdOutputParams {
+        let Some(grid) = grid else { return Ok(()) };
+        kernel.launch(stream, grid, |bind| ChunkBwdOutputParams {
             q: bind.read("q", x.q),
             k: bind.read("k", x.k),
             v: bind.read("v", x.v),
@@ -459,11 +493,18 @@ impl<T: Element> ChunkBwd<T> {
 
 /// What the scans leave for the gradients of chunks.
 #[derive(Debug)]
-struct Kept<'a> {
-    states: RawSlice<'a, u8>,
-    written: RawSlice<'a, u8>,
+pub(crate) struct Kept<'a> {
+    pub(crate) states: RawSlice<'a, u8>,
+    pub(crate) written: RawSlice<'a, u8>,
     d_states: RawSlice<'a, u8>,
     dx: RawSlice<'a, u8>,
+}
+
+/// How segments change gradients of states, and these gradients after them.
+#[derive(Debug)]
+struct MapGrads<'a> {
+    d_maps: RawSlice<'a, f32>,
+    ends: RawSlice<'a, f32>,
 }
 
 fn forward_inputs<'a, T: Element>(x: &ChunkBwdInputs<'a, T>) -> ChunkFwdInputs<'a, T> {
@@ -542,6 +583,7 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
         out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Gradients));
         if config.segment.is_some() {
             out.push(bwd_state_unit::<T>(&tiles, &config, Scan::GradientMaps));
+            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Ends));
         }
     }
     if tiles != ChunkTiles::new(T::DTYPE, k, v, Direction::Forward) {
@@ -549,6 +591,9 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
     }
     out.extend(output_units::<T>(&tiles, forms));
     out.extend(whole_units::<T>(&tiles, forms, true, arch));
+    if ChunkBwdWhole::<T>::is_for_heads(&tiles, arch) {
+        out.push(whole_unit::<T>(&tiles, forms));
+    }
     out
 }
 
@@ -593,6 +638,7 @@ struct ChunkBwdStateParams<T> {
     maps: Ptr<f32>,
     kept: Ptr<i32>,
     d_maps: PtrMut<f32>,
+    ends: PtrMut<f32>,
     h: i32,
     hv: i32,
 }
@@ -615,6 +661,7 @@ unsafe impl<T: Element> Params for ChunkBwdStateParams<T> {
         Field::new("maps", "const float*", offset_of!(Self, maps)),
         Field::new("kept", "const fla::i32*", offset_of!(Self, kept)),
         Field::new("d_maps", "float*", offset_of!(Self, d_maps)),
+        Field::new("ends", "float*", offset_of!(Self, ends)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
     ];

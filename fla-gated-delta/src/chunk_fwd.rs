@@ -200,8 +200,7 @@ impl<T: Element> ChunkFwd<T> {
         let tiles = ChunkTiles::new(T::DTYPE, shape.k, shape.v, Direction::Forward);
         let config = scan_config(device, shape, &tiles)?;
         let tables = ChunkTables::new(device, &shape.seqs, tiles.c, config.segment)?;
-        let is_whole =
-            WholeConfig::is_for(&tiles, shape.seqs.b().saturating_mul(shape.seqs.t()), device.arch());
+        let is_whole = WholeConfig::is_for(&tiles, shape, config.segment.is_some(), device.arch());
         let is_staged = !is_whole || config.segment.is_some();
         let scan = if is_whole { Scan::Starts } else { Scan::Outputs };
         let (intra, whole, state) = std::thread::scope(|scope| {
@@ -617,7 +616,6 @@ pub(crate) fn state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, sc
         .with_config(tiles.with_tiles(unit), tiles, scan)
         .with("OUTPUT", scan == Scan::Outputs)
         .with("KEEP", scan == Scan::States)
-        .with("STARTS", scan == Scan::Starts)
 }
 
 /// Twin of `fla::gated_delta::ChunkFwdIntraParams`.

@@ -26,11 +26,17 @@ pub(crate) struct WholeConfig {
 }
 
 impl WholeConfig {
-    /// Whether a GPU and a shape are ones for it: tensor copies bring boxes of 64 channels, and name a token by 32 bits.
-    pub(crate) fn is_for(tiles: &ChunkTiles, tokens: usize, arch: Arch) -> bool {
-        let is_in_boxes = tiles.k.is_multiple_of(64) && tiles.v.is_multiple_of(64);
+    /// Whether a GPU and a shape are ones for it: tensor copies bring boxes of 64 channels and name a token by 32 bits. Where
+    /// value heads share keys or sequences are cut, what is shared or made for maps would be made again.
+    pub(crate) fn is_for(tiles: &ChunkTiles, shape: &Shape, is_cut: bool, arch: Arch) -> bool {
+        let tokens = shape.seqs.b().saturating_mul(shape.seqs.t());
         let is_in_range = (1..=i32::MAX as usize).contains(&tokens);
-        arch.has_wgmma() && tiles.parts == 1 && tiles.c == 64 && is_in_boxes && is_in_range
+        Self::is_for_heads(tiles, arch) && is_in_range && shape.h == shape.hv && !is_cut
+    }
+
+    fn is_for_heads(tiles: &ChunkTiles, arch: Arch) -> bool {
+        let is_in_boxes = tiles.k.is_multiple_of(64) && tiles.v.is_multiple_of(64);
+        arch.has_wgmma() && tiles.parts == 1 && tiles.c == 64 && is_in_boxes
     }
 
     /// The choice for so many walks: half of 128 columns for each block when there are few of them.
@@ -188,8 +194,9 @@ pub(crate) fn whole_units<T: Element>(
     keeps: bool,
     arch: Arch,
 ) -> Vec<Unit> {
-    let widths =
-        [64, 128].into_iter().filter(|bv| WholeConfig::is_for(tiles, 1, arch) && (*bv == 64 || tiles.v > 64));
+    let widths = [64, 128]
+        .into_iter()
+        .filter(|bv| WholeConfig::is_for_heads(tiles, arch) && (*bv == 64 || tiles.v > 64));
     widths.map(|bv| whole_unit::<T>(tiles, WholeConfig { bv, stages: 3 }, forms, keeps)).collect()
 }
 

@@ -11,6 +11,7 @@ use crate::gates::{BetaForm, BetaMap, Forms, GateForm, QkNorm};
 pub(crate) const HEADERS: &[Source] = &[
     Source { name: "fla/gated_delta/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") },
     Source { name: "fla/gated_delta/chunk.cuh", text: include_str!("../kernels/chunk.cuh") },
+    Source { name: "fla/gated_delta/chunk_grads.cuh", text: include_str!("../kernels/chunk_grads.cuh") },
     Source { name: "fla/gated_delta/chunk_rows.cuh", text: include_str!("../kernels/chunk_rows.cuh") },
     Source { name: "fla/gated_delta/chunk_wgmma.cuh", text: include_str!("../kernels/chunk_wgmma.cuh") },
 ];
@@ -162,12 +163,14 @@ pub(crate) enum Scan {
     Gradients,
     /// How segments change gradients of states.
     GradientMaps,
+    /// Gradients of states after segments, made of these maps.
+    Ends,
 }
 
 impl Scan {
     /// Whether it walks from the last chunk to the first.
     pub(crate) const fn is_back(self) -> bool {
-        matches!(self, Self::Gradients | Self::GradientMaps)
+        matches!(self, Self::Gradients | Self::GradientMaps | Self::Ends)
     }
 
     const fn is_maps(self) -> bool {
@@ -292,6 +295,7 @@ impl ScanConfig {
             .with("STAGES", self.stages as i32)
             .with("MAPS", scan.is_maps())
             .with("SPLIT", self.is_split(scan))
+            .with("STARTS", matches!(scan, Scan::Starts | Scan::Ends))
     }
 
     /// Bytes of the maps of segments, of whether they keep anything, and of those of gradients.

@@ -5,6 +5,7 @@ mod gates;
 mod shape;
 
 mod chunk_bwd;
+mod chunk_bwd_sm90;
 mod chunk_fwd;
 mod chunk_fwd_sm90;
 
