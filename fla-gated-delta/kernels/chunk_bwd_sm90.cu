@@ -124,19 +124,20 @@ struct ChunkBwdShared {
     Tile<C, K> q[BWD_STAGES], k[BWD_STAGES];  // [C, K]
     Tile<C, BWD_V> d_o[BWD_STAGES];           // [C, V]
     Tile<BWD_V, K> state, d_state;            // [V, K]
-    Tile<BWD_V, C> written, dx;               // [V, C]
-    Tile<C, C> inverse, scores;               // [C, C]  T and P, then D and dP
+    Tile<BWD_V, C> written, dx;               // [V, C]  V', then dP and D; dX, then dK
+    Tile<C, C> inverse, scores;               // [C, C]  T and P
     Factors<C> factors[BWD_STAGES];
     BwdSums<C> sums[BWD_STAGES];
-    // Copies of a chunk have come, in three parts, and their places are free again; sums are there.
-    Barrier loaded[BWD_STAGES], loaded_states, loaded_matrices;
-    Barrier free[BWD_STAGES], free_states, free_matrices;
-    Barrier summed[BWD_STAGES];
+    // Copies of a chunk have come, in four parts, and their places are free again.
+    Barrier loaded[BWD_STAGES], loaded_matrices, loaded_states, loaded_written;
+    Barrier free[BWD_STAGES], free_matrices, free_states, free_written;
+    // Sums are there; dX is, and dV has been made of it.
+    Barrier summed[BWD_STAGES], solved, stored;
     ChunkBwdWalk walk;  // here, because registers are few
 };
 
 inline constexpr int WARPGROUP = 128, CONSUMERS = 256;
-inline constexpr int BAR_CONSUMERS = 1, BAR_QUERIES = 2, BAR_KEYS = 3;  // 0 is the block's
+inline constexpr int BAR_CONSUMERS = 1, BAR_QUERIES = 2, BAR_KEYS = 3, BAR_WRITTEN = 4;  // 0 is the block's
 
 // Copies chunk after chunk. One thread calls it.
 template <ChunkBwdConfig Cfg>
@@ -170,14 +171,16 @@ __device__ void copy_chunks(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typenam
         cp_async_bulk_tensor_2d_shared_global(&s.scores, p.scores, 0, i32(tile * C), s.loaded_matrices);
 
         if (i_step > 0) mbarrier_wait_parity(s.free_states, (i_step - 1) & 1);
-        mbarrier_arrive_expect_tx(s.loaded_states, (K + C) * V * 2);
+        mbarrier_arrive_expect_tx(s.loaded_states, K * V * 2);
         #pragma unroll
         for (int col = 0; col < K; col += 64) {
             cp_async_bulk_tensor_2d_shared_global(
                 &s.state.part[0].at(0, col), p.states, col, i32(tile * V), s.loaded_states
             );
         }
-        cp_async_bulk_tensor_2d_shared_global(&s.written, p.written, 0, i32(tile * V), s.loaded_states);
+        if (i_step > 0) mbarrier_wait_parity(s.free_written, (i_step - 1) & 1);
+        mbarrier_arrive_expect_tx(s.loaded_written, C * V * 2);
+        cp_async_bulk_tensor_2d_shared_global(&s.written, p.written, 0, i32(tile * V), s.loaded_written);
     }
 }
 
@@ -246,6 +249,35 @@ __device__ void store_gates(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typenam
     }
 }
 
+// dV = beta dX, chunk after chunk. Two warps call it, each for half of the rows.
+template <ChunkBwdConfig Cfg>
+__device__ void store_values(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cfg::Element, typename Cfg::Work>& p) {
+    constexpr int C = Cfg::C, V = BWD_V;
+    const ChunkBwdWalk& walk = s.walk;
+    for (int i_step = 0; i_step < walk.chunks; ++i_step) {
+        const int i_stage = i_step % BWD_STAGES;
+        const Chunk chunk = walk.chunk_at<C>(i_step);
+        mbarrier_wait_parity(s.loaded[i_stage], i_step / BWD_STAGES & 1);
+        mbarrier_wait_parity(s.solved, i_step & 1);
+        const i64 stride = i64(p.hv) * V;
+        #pragma unroll 1
+        for (int row0 = threadIdx.x / 32 % 2 * 32, i = 0; i < 2; ++i, row0 += 16) {
+            typename Cfg::Element* dv = p.dv + ((chunk.first + row0) * p.hv + walk.i_hv) * V;
+            #pragma unroll 2
+            for (int i_v = 0; i_v < V; i_v += 16) {
+                OperandA<typename Cfg::Half, 1, 16, 16> a;
+                RegTile<16, 16> x;
+                load_a_transposed(a, s.dx, i_v, row0);
+                widen(x, a);
+                scale_rows(x, s.factors[i_stage].at[BETA], row0);
+                store_result<true>(dv + i_v, stride, x, int(chunk.rows) - row0, 16);
+            }
+        }
+        mbarrier_arrive(s.stored);
+        mbarrier_arrive(s.free[i_stage]);
+    }
+}
+
 // s[rows ..] = 0, by the consumers: rows past the end of a sequence are those of the next.
 template <class Half, int ROWS, int COLS>
 __device__ void clear_rows(OperandTile<Half, 1, ROWS, COLS>& s, int rows) {
@@ -306,21 +338,21 @@ __device__ void put_values(
     }
 }
 
-// S . dS, by both warpgroups.
-template <ChunkBwdConfig Cfg>
-__device__ void put_dot(ChunkBwdShared<Cfg>& s, int i_stage) {
-    constexpr int PIECES = Cfg::K / 8;
-    float dot = 0.0f;
-    #pragma unroll 1
-    for (int i = fresh(threadIdx.x) - WARPGROUP; i < BWD_V * PIECES; i += CONSUMERS) {
-        float x[8], y[8];
-        read_eight(x, s.state, i / PIECES, i % PIECES * 8);
-        read_eight(y, s.d_state, i / PIECES, i % PIECES * 8);
+// The warp's share of S . dS, with what is multiplied elsewhere too: dS in 16 bits.
+template <class Half, int K>
+__device__ float dot_states(const OperandA<Half, 1, 16, K>& r_s, const OperandTile<Half, 1, BWD_V, K>& s, int row0) {
+    const u32 place = lane_place(row0);
+    float dot[2] = {};
+    #pragma unroll
+    for (int j = 0; j < K / 8; ++j) {
         #pragma unroll
-        for (int j = 0; j < 8; ++j) dot = fmaf(x[j], y[j], dot);
+        for (int i = 0; i < 2; ++i) {
+            const float2 x = unpack2<Half>(pair_at(s, place, i, j));
+            const float2 y = unpack2<Half>(r_s.part[0].at[0][j / 2][j % 2 * 2 + i]);
+            dot[i] = fmaf(x.x, y.x, fmaf(x.y, y.y, dot[i]));
+        }
     }
-    dot = group_sum<32>(dot);
-    if (lane_id() == 0) s.sums[i_stage].dots[threadIdx.x / 32 - 4] = dot;
+    return group_sum<32>(dot[0] + dot[1]);
 }
 
 // Puts what four neighbouring lanes have of a warp's rows.
@@ -374,12 +406,22 @@ __device__ OperandTile<Half, 1, ROWS, COLS>& as_rows(OperandTile<Half, 1, S_ROWS
     return reinterpret_cast<OperandTile<Half, 1, ROWS, COLS>&>(s);
 }
 
+// dP and D, in the place of V'.
+template <ChunkBwdConfig Cfg>
+__device__ auto& d_matrices(ChunkBwdShared<Cfg>& s) {
+    using Pair = OperandTile<typename Cfg::Half, 1, Cfg::C, Cfg::C>[2];
+    static_assert(sizeof(Pair) <= sizeof(s.written), "both fit");
+    return reinterpret_cast<Pair&>(s.written);
+}
+
 // Stores the rows of a chunk in [B, T, H, K] by way of shared memory: whole rows, and few registers. A warpgroup calls it.
 template <class Element, class Half, int C, int K>
 __device__ void store_whole(
     Element* to, i32 h, OperandTile<Half, 1, C, K>& s, const RegTile<16, K>& r, const ChunkBwdWalk& walk, int i_step, int bar
 ) {
     store_result_at(s, r, threadIdx.x / 32 % 4 * 16);
+    // For the copies that come to this place; after the stores to global memory it would wait for these.
+    fence_proxy_async();
     bar_sync(bar, WARPGROUP);  // all rows are there
     const Chunk chunk = walk.chunk_at<C>(i_step);
     Element* dst = to + (chunk.first * h + walk.i_hv) * K;
@@ -437,7 +479,8 @@ __device__ void queries(
         of_scores[i] += product;
         columns[j][e] = i == 0 ? product : columns[j][e] + product;
     });
-    store_result_at(s.scores, r_score, row0);
+    OperandA<typename Cfg::Half, 1, 16, C> r_d_score;
+    narrow(r_d_score, r_score);
     hold(r_score);
     hold(r_qk);
     wgmma_fence();
@@ -457,7 +500,10 @@ __device__ void queries(
         of_scores[i] = fmaf(f[BETA][row], of_beta_here, of_scores[i]);
         columns[j][e] = fmaf(f[BETA][row], of_beta_here, i == 0 ? 0.0f : columns[j][e]);
     });
-    store_result_at(s.inverse, r_score, row0);
+    auto& s_d = d_matrices(s);
+    bar_sync(BAR_WRITTEN, CONSUMERS);  // V' has been read
+    store_operand_at(s_d[0], r_d_score, row0);
+    store_result_at(s_d[1], r_score, row0);
     fence_proxy_async();
     bar_sync(BAR_CONSUMERS, CONSUMERS);  // dP and D are there
     // Only now, when registers have room for it.
@@ -483,7 +529,7 @@ __device__ void queries(
     put_rows(sums.rows[OF_STATES], of_states, row0);
     hold(r_dq);
     wgmma_fence();
-    start_product<Major::K, Major::MN, C>(r_dq, s.scores, s_k, true);
+    start_product<Major::K, Major::MN, C>(r_dq, s_d[0], s_k, true);
     wgmma_commit_group();
     wgmma_wait_group<0>();
     hold(r_dq);
@@ -515,6 +561,7 @@ __device__ void keys(
     wgmma_commit_group();
     wgmma_wait_group<1>();
     hold(r_dk);
+    bar_arrive(BAR_WRITTEN, CONSUMERS);
     scale_rows(r_dk, f[TO_STATE], row0);
     float of_added[2], of_read[2] = {};
     row_dots_at(of_added, r_dk, s_k, row0, 0);
@@ -545,14 +592,16 @@ __device__ void keys(
     bar_sync(BAR_CONSUMERS, CONSUMERS);  // dP and D are there
     hold(r_dk);
     wgmma_fence();
-    start_product<Major::MN, Major::MN, C>(r_dk, s.scores, s_q, true);
-    start_product<Major::K, Major::MN, C>(r_dk, s.inverse, s_k, true);
-    start_product<Major::MN, Major::MN, C>(r_dk, s.inverse, s_k, true);
+    const auto& s_d = d_matrices(s);
+    start_product<Major::MN, Major::MN, C>(r_dk, s_d[0], s_q, true);
+    start_product<Major::K, Major::MN, C>(r_dk, s_d[1], s_k, true);
+    start_product<Major::MN, Major::MN, C>(r_dk, s_d[1], s_k, true);
     wgmma_commit_group();
     wgmma_wait_group<0>();
     hold(r_dk);
     if constexpr (Cfg::NORMALISE_QK) take_off_length(r_dk, s_k, f[K_NORM], row0);
-    // By way of the place of dX, which nobody reads any more.
+    // By way of the place of dX, of which dV has been made.
+    mbarrier_wait_parity(s.stored, i_step & 1);
     store_whole(p.dk, p.h, as_rows<C, K>(s.dx), r_dk, s.walk, i_step, BAR_KEYS);
 }
 
@@ -601,6 +650,9 @@ __device__ void consume(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cf
             start_times_transposed(r_v, r_s, s_k, false);
             wgmma_commit_group();
             store_operand_at(s.d_state, r_s, i_v);
+            mbarrier_wait_parity(s.loaded_states, i_step & 1);
+            const float dot = dot_states(r_s, s.state, i_v);
+            if (lane_id() == 0) s.sums[i_stage].dots[i_warp] = dot;
             OperandA<Half, 1, 16, C> r_do, r_a;
             load_a_transposed(r_do, s.d_o[i_stage], 0, fresh(i_v));
             mbarrier_wait_parity(s.loaded_matrices, i_step & 1);
@@ -633,6 +685,7 @@ __device__ void consume(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cf
             hold(r_a);
             hold(r_rest);
             hold(r_x);
+            mbarrier_arrive(s.free_matrices);
             narrow(r_a, r_x);
             bar_sync(BAR_CONSUMERS, CONSUMERS);  // dK of the last chunk has left the place of dX
             store_operand_at(s.dx, r_a, i_v);
@@ -667,26 +720,23 @@ __device__ void consume(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cf
                     put_values<Cfg>(s.sums[i_stage], r_x, p.v + token, i64(p.hv) * V, int(chunk.rows), i_warp);
                 }
             }
-            scale_columns(r_x, f[BETA]);
-            store_columns(p.dv + token, i64(p.hv) * V, r_x, int(chunk.rows));
             wgmma_wait_group<0>();
             hold(r_a);
             hold(r_do);
             hold(r_state);
         }
+        mbarrier_wait_parity(s.loaded_written, i_step & 1);
         fence_proxy_async();
         bar_sync(BAR_CONSUMERS, CONSUMERS);  // dS and dX are there
-        mbarrier_wait_parity(s.loaded_states, i_step & 1);
-        put_dot<Cfg>(s, i_stage);
+        mbarrier_arrive(s.solved);
         if (i_warp < 4) {
             queries<Cfg>(s, p, i_stage, i_step);
         } else {
             keys<Cfg>(s, p, i_stage, i_step);
         }
-        fence_proxy_async();
         mbarrier_arrive(s.summed[i_stage]);
         mbarrier_arrive(s.free[i_stage]);
-        mbarrier_arrive(s.free_matrices);
+        mbarrier_arrive(s.free_written);
     }
     if (p.d_initial_state != nullptr) {
         const Segment& segment = reinterpret_cast<const Segment*>(p.segments)[fresh(blockIdx.x) / u32(p.hv)];
@@ -704,13 +754,17 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element, typename C
         #pragma unroll
         for (int i = 0; i < BWD_STAGES; ++i) {
             mbarrier_init(s.loaded[i], 1);
-            mbarrier_init(s.free[i], CONSUMERS + 32);
+            mbarrier_init(s.free[i], CONSUMERS + 96);
             mbarrier_init(s.summed[i], CONSUMERS);
         }
-        mbarrier_init(s.loaded_states, 1);
         mbarrier_init(s.loaded_matrices, 1);
-        mbarrier_init(s.free_states, CONSUMERS);
+        mbarrier_init(s.loaded_states, 1);
+        mbarrier_init(s.loaded_written, 1);
         mbarrier_init(s.free_matrices, CONSUMERS);
+        mbarrier_init(s.free_states, CONSUMERS);
+        mbarrier_init(s.free_written, CONSUMERS);
+        mbarrier_init(s.solved, CONSUMERS);
+        mbarrier_init(s.stored, 64);
         fence_mbarrier_init();
     }
     __syncthreads();  // the barriers and the walk are there
@@ -718,6 +772,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element, typename C
         setmaxnreg_dec<40>();
         if (threadIdx.x == 0) copy_chunks<Cfg>(s, p);
         if (threadIdx.x / 32 == 1) store_gates<Cfg>(s, p);
+        if (threadIdx.x / 32 >= 2) store_values<Cfg>(s, p);
     } else {
         setmaxnreg_inc<232>();
         consume<Cfg>(s, p);

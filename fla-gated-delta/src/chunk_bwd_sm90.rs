@@ -32,7 +32,7 @@ fn smem_bytes(tiles: &ChunkTiles) -> usize {
     let all = all.tile(tiles, c, c).tile(tiles, c, c).member(Layout::new().factors(c).times(STAGES));
     // Six sums of each row, four of each column, eight of values, eight products of states.
     let sums = ((6 + 4 + 8) * c + 8) * size_of::<f32>();
-    let barriers = 3 * STAGES + 4;
+    let barriers = 3 * STAGES + 8;
     let walk = 5 * size_of::<i32>();
     all.add(STAGES * sums, 4).add(barriers * size_of::<u64>(), 8).add(walk, 4).size()
 }
