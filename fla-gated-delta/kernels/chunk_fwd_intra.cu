@@ -118,9 +118,9 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
 
         const auto& f = s.factors.at;
         // (2), whose inverse follows
-        for_each(r, [&](int row, int col, float& x) {
-            const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-            x = row0 + row > col ? x * f[BETA][row0 + row] * norms : 0.0f;
+        for_lower(r, i_warp, [&](int row, int col, float& x) {
+            const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row] * f[K_NORM][col] : 1.0f;
+            x = row > col ? x * f[BETA][row] * norms : 0.0f;
         });
         store(s.inverse, r, row0, 0);
         __syncthreads();  // I + L is there
@@ -130,10 +130,10 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
         if (i_warp == 0 && i + 1 < group) numbers = load_numbers<Cfg>(p, chunk, i_hv + 1);
         // (3)
         times_keys(r, s.q, s.k, row0);
-        for_each(r, [&](int row, int col, float& x) {
-            const float decay = exp2_approx(f[G2][row0 + row] - f[G2][col]);
-            const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-            x = row0 + row >= col ? x * decay * (p.scale * norms) : 0.0f;
+        for_lower(r, i_warp, [&](int row, int col, float& x) {
+            const float decay = exp2_approx(f[G2][row] - f[G2][col]);
+            const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row] * f[K_NORM][col] : 1.0f;
+            x = row >= col ? x * decay * (p.scale * norms) : 0.0f;
         });
         store_result<true>(p.scores + tile * ELEMS + i64(row0) * C, C, r, 16, C);
         for (int j = threadIdx.x; j < FACTORS * C; j += THREADS) {

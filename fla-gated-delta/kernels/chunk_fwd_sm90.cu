@@ -155,18 +155,6 @@ __device__ void clear_rows(OperandTile<Half, 1, ROWS, COLS>& s, int rows) {
     }
 }
 
-// Calls f(row, col, element) for what this lane holds of 16 rows of a lower triangle, blocks of 16 that have none left out.
-template <int C, class F>
-__device__ void for_lower(RegTile<16, C>& r, int i_block, F f) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    #pragma unroll
-    for (int j = 0; j < C / 8; ++j) {
-        if (j / 2 > i_block) break;
-        #pragma unroll
-        for (int e = 0; e < 4; ++e) f(16 * i_block + g + e / 2 * 8, 8 * j + 2 * t + e % 2, r.at[0][j][e]);
-    }
-}
-
 // (1) for one chunk after the other, by one warpgroup.
 template <ChunkFwdConfig Cfg>
 __device__ void prepare(

@@ -5,6 +5,7 @@
 #include <fla/core/operand.cuh>
 #include <fla/core/prelude.cuh>
 #include <fla/core/scan.cuh>
+#include <fla/core/tile.cuh>
 #include <fla/core/warp.cuh>
 #include <fla/gated_delta/chunk.cuh>
 #include <fla/gated_delta/recurrent_fwd.cuh>
@@ -89,6 +90,18 @@ __device__ void row_factors(
             const float along = fabsf(1.0f - beta * s_lengths[0][row] * k_norm * k_norm);
             s.at[GROWTH][row] = r.g2[i] + log2_approx(fmaxf(along, 1.0f));
         }
+    }
+}
+
+// Calls f(row, col, element) for what this lane holds of 16 rows of a lower triangle, blocks of 16 that have none left out.
+template <int C, class F>
+__device__ void for_lower(RegTile<16, C>& r, int i_block, F f) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+    #pragma unroll
+    for (int j = 0; j < C / 8; ++j) {
+        if (j / 2 > i_block) break;
+        #pragma unroll
+        for (int e = 0; e < 4; ++e) f(16 * i_block + g + e / 2 * 8, 8 * j + 2 * t + e % 2, r.at[0][j][e]);
     }
 }
 
