@@ -262,15 +262,25 @@ __device__ void store_values(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typena
         const i64 stride = i64(p.hv) * V;
         #pragma unroll 1
         for (int row0 = threadIdx.x / 32 % 2 * 32, i = 0; i < 2; ++i, row0 += 16) {
-            typename Cfg::Element* dv = p.dv + ((chunk.first + row0) * p.hv + walk.i_hv) * V;
-            #pragma unroll 2
+            const int row = row0 + lane_id() / 4;
+            typename Cfg::Element* dv = p.dv + ((chunk.first + row) * p.hv + walk.i_hv) * V + lane_id() % 4 * 2;
+            const float beta[2] = {s.factors[i_stage].at[BETA][row], s.factors[i_stage].at[BETA][row + 8]};
+            #pragma unroll 1
             for (int i_v = 0; i_v < V; i_v += 16) {
                 OperandA<typename Cfg::Half, 1, 16, 16> a;
-                RegTile<16, 16> x;
                 load_a_transposed(a, s.dx, i_v, row0);
-                widen(x, a);
-                scale_rows(x, s.factors[i_stage].at[BETA], row0);
-                store_result<true>(dv + i_v, stride, x, int(chunk.rows) - row0, 16);
+                #pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    u32& pair = a.part[0].at[0][0][e];
+                    const float2 x = unpack2<typename Cfg::Half>(pair);
+                    pair = pack2<typename Cfg::Half>(beta[e % 2] * x.x, beta[e % 2] * x.y);
+                }
+                #pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (row + e % 2 * 8 < chunk.rows) {
+                        st_global(dv + (e % 2 * 8) * stride + (i_v + e / 2 * 8), Words<1>{a.part[0].at[0][0][e]});
+                    }
+                }
             }
         }
         mbarrier_arrive(s.stored);
