@@ -190,8 +190,11 @@ impl<T: Element> ChunkBwd<T> {
         let items = tables.chunks_len.saturating_mul(shape.h);
         grid("NT", tables.chunks_len, shape.h)?;
         let output_grid = grid("NT * H", items.min(device.sm_count() as usize), 1)?;
-        let forward_is_whole = WholeConfig::is_for(&tiles, shape, scan.segment.is_some(), device.arch());
-        let is_whole = ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
+        // A block has a whole head, or a whole segment of one: with few of them, stages that cut V are faster.
+        let fills = heads >= device.sm_count() as usize * 3 / 4;
+        let is_cut = scan.segment.is_some();
+        let forward_is_whole = fills && WholeConfig::is_for(&tiles, shape, is_cut, device.arch());
+        let is_whole = fills && ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
         let walks: &[Scan] = match (scan.segment, is_whole) {
             (None, false) => &[Scan::Gradients],
             (Some(_), false) => &[Scan::GradientMaps, Scan::Gradients],
