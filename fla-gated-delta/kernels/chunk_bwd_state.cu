@@ -49,7 +49,7 @@ concept ChunkBwdStateConfig = ChunkTiles<Cfg> && requires {
     Cfg::STAGES;   // chunks that are in shared memory or on their way there
     Cfg::MAPS;     // maps of segments are wanted, and nothing else
     Cfg::SPLIT;    // sequences are cut into segments
-    Cfg::STARTS;   // gradients of states after segments are wanted, where the walk starts, and nothing else
+    Cfg::ENDS;     // gradients of states after segments are wanted, and nothing else
 };
 
 template <ChunkBwdStateConfig Cfg>
@@ -160,7 +160,7 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
                 if (i_v < PADDED_V<Cfg>) add_rows(r_state, p.d_maps + there * D_MAP, i_v);
             }
         }
-        if constexpr (Cfg::STARTS) {
+        if constexpr (Cfg::ENDS) {
             const i64 row = (i64(i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
             store_result<true>(p.ends + row * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, PADDED_K<Cfg>);
             return;

@@ -7,8 +7,7 @@
 //   S <- e^{G_C} S + K^T (to_state V')                                            (5)
 //
 // It does what `chunk_fwd_intra` and `chunk_fwd_state` do, and T and P stay in shared memory. States are held transposed: a
-// warpgroup has 64 columns of one as the rows of its results. Where a sequence is cut into segments
-// they have found with which states.
+// warpgroup has 64 columns of one as the rows of its results. Sequences are not cut here: a segment is a whole one.
 //
 // Reference  fla_reference::gated_delta::recurrent_fwd
 // Launch     grid NS * HV * ceil(V / BV), block 128 * (1 + BV / 64): a block walks a segment with BV columns of a state
@@ -49,7 +48,6 @@ struct ChunkFwdParams {
     Work* inverse;               // [NT, HV, C, C]   T; null, as the two that follow: not wanted
     Work* scores;                // [NT, HV, C, C]   P
     float* factors;              // [NT, HV, 8, C]
-    const float* starts;         // [NS, HV, V, K]   padded; states before segments; null where no sequence is cut
     i32 h;
     i32 hv;
     float scale;
@@ -331,12 +329,7 @@ __device__ void scan(
     RegTile<16, KP> r_state;  // [16, K] of S^T
     const Segment& segment = reinterpret_cast<const Segment*>(p.segments)[slice.i_segment];
     const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
-    if (p.starts != nullptr) {
-        const i64 row = (i64(slice.i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
-        load_state_rows(r_state, p.starts + row * KP, PADDED_V<Cfg> - i_v);
-    } else {
-        load_state<K, V>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, 0);
-    }
+    load_state<K, V>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, 0);
     RingPlace<STAGES> at;
     for (int i_c = 0; i_c < slice.chunks; ++i_c, at.next()) {
         const ChunkFwdStage<Cfg>& stage = s.stages[at.stage];

@@ -39,7 +39,6 @@ struct ChunkFwdStateParams {
     Work* written;               // [NT, HV, V, C]  padded; V'
     float* maps;                 // [NS, HV, V + K, K]  padded; null where no sequence is cut
     i32* kept;                   // [NS, HV]        whether M is there
-    float* starts;               // [NS, HV, V, K]  padded; states before segments
     i32 h;
     i32 hv;
 };
@@ -53,7 +52,6 @@ concept ChunkFwdStateConfig = ChunkTiles<Cfg> && requires {
     Cfg::KEEP;     // states and V' are wanted
     Cfg::MAPS;     // maps of segments are wanted, and nothing else
     Cfg::SPLIT;    // sequences are cut into segments
-    Cfg::STARTS;   // states before segments are wanted, and nothing else
 };
 
 template <ChunkFwdStateConfig Cfg>
@@ -170,11 +168,6 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
                 }
                 if (i_v < PADDED_V<Cfg>) add_rows(r_state, map, i_v);
             }
-        }
-        if constexpr (Cfg::STARTS) {
-            const i64 row = (i64(i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
-            store_result<true>(p.starts + row * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, PADDED_K<Cfg>);
-            return;
         }
     }
     #pragma unroll

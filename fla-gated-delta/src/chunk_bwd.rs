@@ -211,7 +211,7 @@ impl<T: Element> ChunkBwd<T> {
             });
             let whole = forward_is_whole.then(|| {
                 threads.spawn(|| {
-                    let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), false, device.sm_count());
+                    let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
                     ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
                 })
             });
@@ -259,7 +259,7 @@ impl<T: Element> ChunkBwd<T> {
         let heads = self.tables.segments_len.saturating_mul(self.shape.hv);
         let [maps, kept, d_maps] = self.scan.maps_bytes(&self.tiles, heads);
         let is_whole = matches!(self.gradients, Gradients::Whole(_));
-        [maps, kept, d_maps, if is_whole { self.scan.starts_bytes(&self.tiles, heads) } else { 0 }]
+        [maps, kept, d_maps, if is_whole { self.scan.ends_bytes(&self.tiles, heads) } else { 0 }]
     }
 
     /// Bytes of states, of what rows write, of the gradients of both, and of those of log decays.
@@ -320,14 +320,14 @@ impl<T: Element> ChunkBwd<T> {
         };
         if let Some((_, scan)) = &self.stages {
             let kept = Some([&mut kept.states, &mut kept.written]);
-            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps, starts: None };
+            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps };
             scan.run(stream, on, (&forward, &matrices), to)?;
         }
         if let Some(whole) = &self.whole {
             let matrices = Some(&mut matrices);
             let kept = WholeKept { states: &mut kept.states, written: &mut kept.written, matrices };
             let to = WholeTargets { o: None, final_state: None, kept: Some(kept) };
-            whole.run(stream, on, (&forward, None), to)?;
+            whole.run(stream, on, &forward, to)?;
         }
         self.run_states(stream, x, dx, (&matrices, &mut kept, &maps, &mut of_maps))?;
         match &self.gradients {
@@ -610,7 +610,7 @@ fn output_units<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Vec<Unit> {
 fn bwd_state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, scan: Scan) -> Unit {
     let unit =
         Unit::new::<ChunkBwdStateParams<T>>("gated_delta", "chunk_bwd_state", SOURCE_STATE, config.threads());
-    config.with_config(tiles.with_tiles(unit), tiles, scan)
+    config.with_config(tiles.with_tiles(unit), tiles, scan).with("ENDS", scan == Scan::Ends)
 }
 
 fn output_unit<T: Element>(tiles: &ChunkTiles, config: &OutputConfig, forms: &Forms) -> Unit {

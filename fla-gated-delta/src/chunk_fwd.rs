@@ -173,12 +173,17 @@ pub struct ChunkFwdResult<T> {
 /// Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 #[derive(Debug)]
 pub struct ChunkFwd<T> {
-    /// The stages one by one; where one kernel does all, those that it needs before.
-    stages: Option<(ChunkFwdIntra<T>, ChunkFwdState<T>)>,
-    whole: Option<ChunkFwdWhole<T>>,
+    passes: Passes<T>,
     tables: ChunkTables,
     shape: Shape,
     forms: Forms,
+}
+
+/// The launches of a plan.
+#[derive(Debug)]
+enum Passes<T> {
+    Stages(ChunkFwdIntra<T>, ChunkFwdState<T>),
+    Whole(ChunkFwdWhole<T>),
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -201,26 +206,21 @@ impl<T: Element> ChunkFwd<T> {
         let config = scan_config(device, shape, &tiles)?;
         let tables = ChunkTables::new(device, &shape.seqs, tiles.c, config.segment)?;
         let is_whole = WholeConfig::is_for(&tiles, shape, config.segment.is_some(), device.arch());
-        let is_staged = !is_whole || config.segment.is_some();
-        let scan = if is_whole { Scan::Starts } else { Scan::Outputs };
-        let (intra, whole, state) = std::thread::scope(|scope| {
-            // All compile at once where there is a processor for each.
-            let intra = is_staged
-                .then(|| scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms))));
-            let whole = is_whole.then(|| {
-                scope.spawn(|| {
-                    let sequences = (&shape.seqs, shape.hv);
-                    let is_cut = config.segment.is_some();
-                    let whole = WholeConfig::new(&tiles, sequences, is_cut, device.sm_count());
-                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, false))
-                })
+        let passes = if is_whole {
+            let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
+            let whole = (&tiles, whole, &tables);
+            Passes::Whole(ChunkFwdWhole::new(device, shape, whole, (scale, &forms, false))?)
+        } else {
+            let (intra, state) = std::thread::scope(|scope| {
+                // Both compile at once where there is a processor for each.
+                let intra =
+                    scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
+                let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
+                (joined(intra), state)
             });
-            let state =
-                is_staged.then(|| ChunkFwdState::new(device, shape, (&tiles, &config), &tables, scan));
-            (intra.map(joined), whole.map(joined), state)
-        });
-        let stages = intra.transpose()?.zip(state.transpose()?);
-        Ok(Self { stages, whole: whole.transpose()?, tables, shape: shape.clone(), forms })
+            Passes::Stages(intra?, state?)
+        };
+        Ok(Self { passes, tables, shape: shape.clone(), forms })
     }
 
     /// Bytes of the workspace that a run needs. Where one kernel does all that is next to nothing; otherwise for every chunk
@@ -228,11 +228,10 @@ impl<T: Element> ChunkFwd<T> {
     /// it changes a state.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let Some((intra, state)) = &self.stages else { return Workspace::bytes(&[1]) };
+        let Passes::Stages(intra, state) = &self.passes else { return Workspace::bytes(&[1]) };
         let [inverse, scores, factors] = intra.workspace_parts(&self.shape, &self.tables);
         let [maps, kept, _] = state.maps_bytes(&self.shape, &self.tables);
-        let starts = state.starts_bytes(&self.shape, &self.tables);
-        Workspace::bytes(&[inverse, scores, factors, maps, kept, starts])
+        Workspace::bytes(&[inverse, scores, factors, maps, kept])
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -263,22 +262,16 @@ impl<T: Element> ChunkFwd<T> {
         }
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
         let on = (shape, &self.tables);
-        let mut starts = None;
-        if let Some((intra, state)) = &self.stages {
-            let matrices = intra.run(stream, on, x, &workspace)?;
-            let mut maps = state.take_maps(shape, &self.tables, &workspace)?;
-            let mut taken = workspace.take(state.starts_bytes(shape, &self.tables) / size_of::<f32>())?;
-            let (o, final_state) = match self.whole {
-                Some(_) => (None, None),
-                None => (Some(&mut *y.o), y.final_state.as_deref_mut()),
-            };
-            let to = ScanTargets { o, final_state, kept: None, maps: &mut maps, starts: Some(&mut taken) };
-            state.run(stream, on, (x, &matrices), to)?;
-            starts = Some(taken);
+        let (o, final_state) = (Some(&mut *y.o), y.final_state.as_deref_mut());
+        match &self.passes {
+            Passes::Stages(intra, state) => {
+                let matrices = intra.run(stream, on, x, &workspace)?;
+                let mut maps = state.take_maps(shape, &self.tables, &workspace)?;
+                let to = ScanTargets { o, final_state, kept: None, maps: &mut maps };
+                state.run(stream, on, (x, &matrices), to)
+            }
+            Passes::Whole(whole) => whole.run(stream, on, x, WholeTargets { o, final_state, kept: None }),
         }
-        let Some(whole) = &self.whole else { return Ok(()) };
-        let to = WholeTargets { o: Some(&mut *y.o), final_state: y.final_state.as_deref_mut(), kept: None };
-        whole.run(stream, on, (x, starts.as_ref()), to)
     }
 }
 
@@ -463,7 +456,6 @@ pub(crate) struct ScanTargets<'a, 'b, 'c, T> {
     pub(crate) final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
     pub(crate) kept: Option<[&'a mut RawSlice<'c, u8>; 2]>,
     pub(crate) maps: &'a mut Maps<'c>,
-    pub(crate) starts: Option<&'a mut RawSlice<'c, f32>>,
 }
 
 /// How segments change states, where sequences are cut into several; empty otherwise.
@@ -482,7 +474,6 @@ pub(crate) struct ChunkFwdState<T> {
     maps: Option<(Kernel<ChunkFwdStateParams<T>>, Grid)>,
     tiles: ChunkTiles,
     config: ScanConfig,
-    scan: Scan,
 }
 
 impl<T: Element> ChunkFwdState<T> {
@@ -505,18 +496,12 @@ impl<T: Element> ChunkFwdState<T> {
         });
         let maps = maps.transpose()?.and_then(|(kernel, grid)| grid.map(|grid| (kernel, grid)));
         let (kernel, grid) = main?;
-        Ok(Self { kernel, grid, maps, tiles: *tiles, config: *config, scan })
+        Ok(Self { kernel, grid, maps, tiles: *tiles, config: *config })
     }
 
     /// Bytes of the maps, of whether they keep anything, and of those of gradients.
     pub(crate) fn maps_bytes(&self, shape: &Shape, tables: &ChunkTables) -> [usize; 3] {
         self.config.maps_bytes(&self.tiles, tables.segments_len.saturating_mul(shape.hv))
-    }
-
-    /// Bytes of states before segments, where these are what is wanted.
-    pub(crate) fn starts_bytes(&self, shape: &Shape, tables: &ChunkTables) -> usize {
-        let heads = tables.segments_len.saturating_mul(shape.hv);
-        if self.scan == Scan::Starts { self.config.starts_bytes(&self.tiles, heads) } else { 0 }
     }
 
     pub(crate) fn take_maps<'a>(
@@ -540,7 +525,7 @@ impl<T: Element> ChunkFwdState<T> {
         to: ScanTargets<'_, '_, '_, T>,
     ) -> Result<(), Error> {
         let Some(grid) = self.grid else { return Ok(()) };
-        let ScanTargets { mut o, mut final_state, mut kept, maps, mut starts } = to;
+        let ScanTargets { mut o, mut final_state, mut kept, maps } = to;
         let launches = self.maps.as_ref().map(|(kernel, grid)| (kernel, *grid));
         for (kernel, grid) in launches.into_iter().chain([(&self.kernel, grid)]) {
             let [states, written] = match &mut kept {
@@ -562,7 +547,6 @@ impl<T: Element> ChunkFwdState<T> {
                 written: bind.write_opt("workspace", written),
                 maps: bind.write("workspace", &mut maps.maps),
                 kept: bind.write("workspace", &mut maps.kept),
-                starts: bind.write_opt("workspace", starts.as_deref_mut()),
                 // `new` of the plan has checked that H and HV fit.
                 h: shape.h as i32,
                 hv: shape.hv as i32,
@@ -588,11 +572,8 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Forward);
     let scans = ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES).flat_map(|config| {
-        let scans = if config.segment.is_some() {
-            &[Scan::Outputs, Scan::Maps, Scan::Starts][..]
-        } else {
-            &[Scan::Outputs]
-        };
+        let scans =
+            if config.segment.is_some() { &[Scan::Outputs, Scan::Maps][..] } else { &[Scan::Outputs] };
         scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan))
     });
     let whole = whole_units::<T>(&tiles, forms, false, arch);
@@ -677,7 +658,6 @@ pub(crate) struct ChunkFwdStateParams<T> {
     written: PtrMut<u8>,
     maps: PtrMut<f32>,
     kept: PtrMut<i32>,
-    starts: PtrMut<f32>,
     h: i32,
     hv: i32,
 }
@@ -700,7 +680,6 @@ unsafe impl<T: Element> Params for ChunkFwdStateParams<T> {
         Field::new("written", "Cfg::Work*", offset_of!(Self, written)),
         Field::new("maps", "float*", offset_of!(Self, maps)),
         Field::new("kept", "fla::i32*", offset_of!(Self, kept)),
-        Field::new("starts", "float*", offset_of!(Self, starts)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
     ];

@@ -40,14 +40,9 @@ impl WholeConfig {
     }
 
     /// The choice for so many walks: half of 128 columns for each block when there are few of them.
-    pub(crate) fn new(
-        tiles: &ChunkTiles,
-        (seqs, hv): (&SeqLens, usize),
-        is_cut: bool,
-        sm_count: u32,
-    ) -> Self {
+    pub(crate) fn new(tiles: &ChunkTiles, (seqs, hv): (&SeqLens, usize), sm_count: u32) -> Self {
         let blocks = seqs.n().saturating_mul(hv).saturating_mul(tiles.v.div_ceil(128));
-        let is_wide = tiles.v > 64 && (is_cut || blocks >= sm_count as usize * 3 / 4);
+        let is_wide = tiles.v > 64 && blocks >= sm_count as usize * 3 / 4;
         Self { bv: if is_wide { 128 } else { 64 }, stages: 3 }
     }
 
@@ -110,7 +105,7 @@ impl<T: Element> ChunkFwdWhole<T> {
         &self,
         stream: &CudaStream,
         (shape, tables): (&Shape, &ChunkTables),
-        (x, starts): (&ChunkFwdInputs<'_, T>, Option<&RawSlice<'_, f32>>),
+        x: &ChunkFwdInputs<'_, T>,
         to: WholeTargets<'_, '_, '_, T>,
     ) -> Result<(), Error> {
         let Some(grid) = self.grid else { return Ok(()) };
@@ -163,7 +158,6 @@ impl<T: Element> ChunkFwdWhole<T> {
             inverse: bind.write_opt("workspace", inverse),
             scores: bind.write_opt("workspace", scores),
             factors: bind.write_opt("workspace", factors),
-            starts: bind.read_opt("workspace", starts),
             // `new` of the plan has checked that H and HV fit.
             h: shape.h as i32,
             hv: shape.hv as i32,
@@ -221,7 +215,6 @@ pub(crate) struct ChunkFwdParams<T> {
     inverse: PtrMut<u8>,
     scores: PtrMut<u8>,
     factors: PtrMut<f32>,
-    starts: Ptr<f32>,
     h: i32,
     hv: i32,
     scale: f32,
@@ -248,7 +241,6 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
         Field::new("inverse", "Cfg::Work*", offset_of!(Self, inverse)),
         Field::new("scores", "Cfg::Work*", offset_of!(Self, scores)),
         Field::new("factors", "float*", offset_of!(Self, factors)),
-        Field::new("starts", "const float*", offset_of!(Self, starts)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
         Field::new("scale", "float", offset_of!(Self, scale)),

@@ -157,8 +157,6 @@ pub(crate) enum Scan {
     States,
     /// How segments change states.
     Maps,
-    /// States before segments, made of these maps.
-    Starts,
     /// Gradients of states.
     Gradients,
     /// How segments change gradients of states.
@@ -295,7 +293,6 @@ impl ScanConfig {
             .with("STAGES", self.stages as i32)
             .with("MAPS", scan.is_maps())
             .with("SPLIT", self.is_split(scan))
-            .with("STARTS", matches!(scan, Scan::Starts | Scan::Ends))
     }
 
     /// Bytes of the maps of segments, of whether they keep anything, and of those of gradients.
@@ -311,8 +308,8 @@ impl ScanConfig {
         }
     }
 
-    /// Bytes of states before segments, or of their gradients after them.
-    pub(crate) fn starts_bytes(&self, tiles: &ChunkTiles, heads: usize) -> usize {
+    /// Bytes of the gradients of states after segments.
+    pub(crate) fn ends_bytes(&self, tiles: &ChunkTiles, heads: usize) -> usize {
         let state = tiles.padded_v() * tiles.padded_k() * size_of::<f32>();
         if self.segment.is_some() { heads.saturating_mul(state) } else { 0 }
     }
