@@ -349,7 +349,8 @@ __device__ void scan(
         if constexpr (Cfg::OUTPUT) start_times_transposed(r_o, r_s, stage.q, false);
         wgmma_commit_group();
         if constexpr (Cfg::KEEP) {
-            store_operand(p.states + (tile * PADDED_V<Cfg> + i_v) * KP, KP, r_s, PADDED_V<Cfg> - i_v);
+            const i64 row = tile * PADDED_V<Cfg> + i_v;
+            store_result<true>(p.states + row * KP, KP, r_state, PADDED_V<Cfg> - i_v, KP);
         }
         const float decay = exp2_approx(f[G2][C - 1]);
         wgmma_wait_group<0>();
@@ -372,9 +373,9 @@ __device__ void scan(
         hold(r_a);
         hold(r_v);
         OperandA<Half, 1, 16, C> r_written;
-        narrow(r_written, r_v);
+        if constexpr (Cfg::OUTPUT) narrow(r_written, r_v);
         if constexpr (Cfg::KEEP) {
-            store_operand(p.written + (tile * PADDED_V<Cfg> + i_v) * C, C, r_written, PADDED_V<Cfg> - i_v);
+            store_result<true>(p.written + (tile * PADDED_V<Cfg> + i_v) * C, C, r_v, PADDED_V<Cfg> - i_v, C);
         }
         // (4) and (5)
         scale_columns(r_v, f[TO_STATE]);

@@ -177,22 +177,6 @@ __device__ void row_dots_at(
     for (int i = 0; i < 2; ++i) sums[i] = group_sum<4>(sums[i]);
 }
 
-// Stores a left operand's rows, each lane what it has: element (i, j) to dst[i stride + j], the first `rows` of them.
-template <class Half, int COLS, class Element>
-__device__ void store_operand(Element* dst, i64 stride, const OperandA<Half, 1, 16, COLS>& a, int rows) {
-    static_assert(same<Half, Element>, "stored as it is");
-    const int lane = fresh(lane_id()), g = lane / 4;
-    Element* to = dst + g * stride + lane % 4 * 2;
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        if (g + 8 * i >= rows) break;
-        #pragma unroll
-        for (int j = 0; j < COLS / 8; ++j) {
-            st_global(to + 8 * i * stride + 8 * j, Words<1>{a.part[0].at[0][j / 2][j % 2 * 2 + i]});
-        }
-    }
-}
-
 // The transpose of a result: element (i, j) to dst[j stride + i], the first `rows` of its columns. Everything is exchanged
 // first and then stored: one after the other, each would wait for the last.
 template <class Element, int N>

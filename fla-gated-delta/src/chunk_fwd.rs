@@ -182,7 +182,7 @@ pub struct ChunkFwd<T> {
 /// The launches of a plan.
 #[derive(Debug)]
 enum Passes<T> {
-    Stages(ChunkFwdIntra<T>, ChunkFwdState<T>),
+    Stages(Box<(ChunkFwdIntra<T>, ChunkFwdState<T>)>),
     Whole(ChunkFwdWhole<T>),
 }
 
@@ -218,7 +218,7 @@ impl<T: Element> ChunkFwd<T> {
                 let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
                 (joined(intra), state)
             });
-            Passes::Stages(intra?, state?)
+            Passes::Stages(Box::new((intra?, state?)))
         };
         Ok(Self { passes, tables, shape: shape.clone(), forms })
     }
@@ -228,7 +228,8 @@ impl<T: Element> ChunkFwd<T> {
     /// it changes a state.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let Passes::Stages(intra, state) = &self.passes else { return Workspace::bytes(&[1]) };
+        let Passes::Stages(stages) = &self.passes else { return Workspace::bytes(&[1]) };
+        let (intra, state) = &**stages;
         let [inverse, scores, factors] = intra.workspace_parts(&self.shape, &self.tables);
         let [maps, kept, _] = state.maps_bytes(&self.shape, &self.tables);
         Workspace::bytes(&[inverse, scores, factors, maps, kept])
@@ -264,7 +265,8 @@ impl<T: Element> ChunkFwd<T> {
         let on = (shape, &self.tables);
         let (o, final_state) = (Some(&mut *y.o), y.final_state.as_deref_mut());
         match &self.passes {
-            Passes::Stages(intra, state) => {
+            Passes::Stages(stages) => {
+                let (intra, state) = &**stages;
                 let matrices = intra.run(stream, on, x, &workspace)?;
                 let mut maps = state.take_maps(shape, &self.tables, &workspace)?;
                 let to = ScanTargets { o, final_state, kept: None, maps: &mut maps };
