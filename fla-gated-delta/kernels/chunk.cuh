@@ -146,6 +146,12 @@ __device__ void load_state(RegTile<16, KW>& r, const float* state, int i_v, int 
     });
 }
 
+// The same from rows [V, KW] that lie as the slice does, of which the first `rows` are there.
+template <int KW>
+__device__ void load_state_rows(RegTile<16, KW>& r, const float* state, int rows) {
+    for_each(r, [=](int row, int col, float& x) { x = row < rows ? state[i64(row) * KW + col] : 0.0f; });
+}
+
 template <int K, int V, int KW>
 __device__ void store_state(float* state, RegTile<16, KW>& r, int i_v, int i_k) {
     for_each(r, [=](int row, int col, float& x) {
@@ -204,19 +210,19 @@ struct MapTiles {
     OperandTile<bf16, 2, 64, K> strip;
 };
 
-// r = r times a matrix [K, K] of f32 in global memory, or its transpose, a strip of 64 rows at a time. The whole block calls
-// it, 16 rows for each warp.
-template <int THREADS, bool TRANSPOSED, int ROWS, int K>
-__device__ void times_map(RegTile<16, K>& r, MapTiles<ROWS, K>& s, const float* matrix) {
-    const int row0 = threadIdx.x / 32 * 16;
+// r = r times a matrix [K, K] of f32 in global memory, or its transpose, a strip of 64 rows at a time. THREADS threads call it,
+// of which this one is `i_thread`, and meet by `meet`; each warp has 16 rows.
+template <int THREADS, bool TRANSPOSED, int ROWS, int K, class Meet>
+__device__ void times_map(RegTile<16, K>& r, MapTiles<ROWS, K>& s, const float* matrix, int i_thread, Meet meet) {
+    const int row0 = i_thread / 32 * 16;
     store(s.state, r, row0, 0);
     __syncwarp();  // the warp's rows are there
     zero(r);
     #pragma unroll
     for (int k = 0; k < K; k += 64) {
-        __syncthreads();  // the last strip has been read
-        load_rows<THREADS, true>(s.strip, matrix + i64(k) * K, K, 64, K, threadIdx.x);
-        __syncthreads();  // this one is there
+        meet();  // the last strip has been read
+        load_rows<THREADS, true>(s.strip, matrix + i64(k) * K, K, 64, K, i_thread);
+        meet();  // this one is there
         OperandA<bf16, 2, 16, 16> a;
         OperandB<bf16, 2, 16, 16> b;
         // Its rows are columns of the result when it is transposed, and of the slice when it is not.
@@ -235,7 +241,13 @@ __device__ void times_map(RegTile<16, K>& r, MapTiles<ROWS, K>& s, const float* 
             }
         }
     }
-    __syncthreads();  // the last strip has been read
+    meet();  // the last strip has been read
+}
+
+// The same by the whole block.
+template <int THREADS, bool TRANSPOSED, int ROWS, int K>
+__device__ void times_map(RegTile<16, K>& r, MapTiles<ROWS, K>& s, const float* matrix) {
+    times_map<THREADS, TRANSPOSED>(r, s, matrix, threadIdx.x, [] { __syncthreads(); });
 }
 
 // r += rows i_v .. of a matrix [.., K] of f32.

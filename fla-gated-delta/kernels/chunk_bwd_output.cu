@@ -23,6 +23,7 @@
 #include <fla/core/tile.cuh>
 #include <fla/core/warp.cuh>
 #include <fla/gated_delta/chunk.cuh>
+#include <fla/gated_delta/chunk_grads.cuh>
 #include <fla/gated_delta/recurrent_fwd.cuh>
 
 namespace fla::gated_delta {
@@ -194,20 +195,6 @@ struct OutputSums {
     float dot;                             // S . dS
 };
 
-// Multiplies rows by their factors.
-template <int ROWS, int COLS, int C>
-__device__ void scale_rows(RegTile<ROWS, COLS>& r, const float (&s_factor)[C], int row0) {
-    #pragma unroll
-    for (int i = 0; i < ROWS / 8; ++i) {
-        const float factor = s_factor[row0 + 8 * i + lane_id() / 4];
-        #pragma unroll
-        for (int j = 0; j < COLS / 8; ++j) {
-            r.at[i / 2][j][i % 2 * 2] *= factor;
-            r.at[i / 2][j][i % 2 * 2 + 1] *= factor;
-        }
-    }
-}
-
 // Adds a slice, and stores its part of (1).
 template <ChunkBwdOutputConfig Cfg>
 __device__ void add_slice(
@@ -275,25 +262,6 @@ __device__ void add_slice(
         read_eight(y, s.d_state, i / PIECES, i % PIECES * 8);
         #pragma unroll
         for (int j = 0; j < 8; ++j) r.dot = fmaf(x[j], y[j], r.dot);
-    }
-}
-
-// The sums over a row of what four neighbouring lanes hold of `a` times `b`'s numbers there.
-template <int ROWS, int COLS, class Half, int PARTS, int S_ROWS, int S_COLS>
-__device__ void row_dots(
-    float (&r)[ROWS / 8], const RegTile<ROWS, COLS>& a, const OperandTile<Half, PARTS, S_ROWS, S_COLS>& b, int row0, int col0
-) {
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    #pragma unroll
-    for (int i = 0; i < ROWS / 8; ++i) {
-        float sum = 0.0f;
-        #pragma unroll
-        for (int j = 0; j < COLS / 8; ++j) {
-            const float2 x = read_pair(b, row0 + 8 * i + g, col0 + 8 * j + 2 * t);
-            const float* y = &a.at[i / 2][j][i % 2 * 2];
-            sum = fmaf(x.x, y[0], fmaf(x.y, y[1], sum));
-        }
-        r[i] = group_sum<4>(sum);
     }
 }
 
@@ -446,9 +414,6 @@ __device__ void add_scores(OutputSums<Cfg>& r, const ChunkBwdOutputShared<Cfg>& 
         }
     }
 }
-
-// A strength above which V' has lost nothing to underflow.
-inline constexpr float LEAST_BETA = 0x1p-40f;
 
 // (5) to (7). One warp calls it, a row or two for each lane.
 template <ChunkBwdOutputConfig Cfg>

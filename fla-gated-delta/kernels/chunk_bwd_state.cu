@@ -37,6 +37,7 @@ struct ChunkBwdStateParams {
     const float* maps;           // [NS, HV, V + K, K]  padded; null where no sequence is cut
     const i32* kept;             // [NS, HV]        whether M is there
     float* d_maps;               // [NS, HV, V, K]  padded; N'^T
+    float* ends;                 // [NS, HV, V, K]  padded; gradients of states after segments
     i32 h;
     i32 hv;
 };
@@ -48,6 +49,7 @@ concept ChunkBwdStateConfig = ChunkTiles<Cfg> && requires {
     Cfg::STAGES;   // chunks that are in shared memory or on their way there
     Cfg::MAPS;     // maps of segments are wanted, and nothing else
     Cfg::SPLIT;    // sequences are cut into segments
+    Cfg::ENDS;     // gradients of states after segments are wanted, and nothing else
 };
 
 template <ChunkBwdStateConfig Cfg>
@@ -157,6 +159,11 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
                 }
                 if (i_v < PADDED_V<Cfg>) add_rows(r_state, p.d_maps + there * D_MAP, i_v);
             }
+        }
+        if constexpr (Cfg::ENDS) {
+            const i64 row = (i64(i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
+            store_result<true>(p.ends + row * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, PADDED_K<Cfg>);
+            return;
         }
     }
     #pragma unroll

@@ -19,7 +19,7 @@
 #include <fla/core/tri_inverse.cuh>
 #include <fla/core/warp.cuh>
 #include <fla/gated_delta/chunk.cuh>
-#include <fla/gated_delta/recurrent_fwd.cuh>
+#include <fla/gated_delta/chunk_rows.cuh>
 
 namespace fla::gated_delta {
 
@@ -59,85 +59,6 @@ struct ChunkFwdIntraShared {
     Factors<Cfg::C> factors;
     float lengths[2][Cfg::C];  // squared, of keys and, where they are normalised, of queries
 };
-
-// A log decay, base 2, under which a factor is as good as 0; larger sums would lose what small ones have.
-inline constexpr float LEAST_G2 = -0x1.4p+7f;  // -160
-
-// Squared lengths of the rows of a tile.
-template <int THREADS, class Half, int PARTS, int C, int COLS>
-__device__ void row_lengths(float (&s_lengths)[C], const OperandTile<Half, PARTS, C, COLS>& s) {
-    constexpr int LANES = min(THREADS / C, 8);  // of a row
-    const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    float sum = 0.0f;
-    if (row < C) {
-        #pragma unroll
-        for (int col = 0; col < COLS; col += 2 * LANES) {
-            const float2 x = read_pair(s, row, col + 2 * lane);
-            sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
-        }
-    }
-    sum = group_sum<LANES>(sum);
-    if (row < C && lane == 0) s_lengths[row] = sum;
-}
-
-// The numbers of a chunk's rows for a value head, a row or two for each lane of a warp.
-template <int N>
-struct RowNumbers {
-    float g2[N], beta[N];
-};
-
-template <ChunkFwdIntraConfig Cfg>
-__device__ RowNumbers<Cfg::C / 32> load_numbers(
-    const ChunkFwdIntraParams<typename Cfg::Element, typename Cfg::Work>& p, const Chunk& chunk, i64 i_hv
-) {
-    RowNumbers<Cfg::C / 32> r;
-    #pragma unroll
-    for (int i = 0; i < Cfg::C / 32; ++i) {
-        const int row = 32 * i + lane_id();
-        const i64 at = (chunk.first + row) * p.hv + i_hv;
-        float g = 0.0f;
-        r.beta[i] = 0.0f;
-        if (row < chunk.rows) {
-            if (Cfg::LOG_GATE) g = p.g[at];
-            if (Cfg::RAW_GATE) {
-                const float bias = p.dt_bias == nullptr ? 0.0f : p.dt_bias[i_hv];
-                g = -expf(p.a_log[i_hv]) * softplus(to_f32(p.g_logit[at]) + bias);
-            }
-            r.beta[i] = Cfg::HEAD_BETA ? map_beta<Cfg>(to_f32(p.beta[at])) : 1.0f;
-        }
-        r.g2[i] = fmaxf(g * LOG2_E, LEAST_G2);
-    }
-    return r;
-}
-
-// (1), and the factors that follow. One warp calls it.
-template <ChunkFwdIntraConfig Cfg>
-__device__ void row_factors(ChunkFwdIntraShared<Cfg>& shared, const RowNumbers<Cfg::C / 32>& r, float scale) {
-    constexpr int C = Cfg::C, N = C / 32;
-    Factors<C>& s = shared.factors;
-    float g2[N];
-    #pragma unroll
-    for (int i = 0; i < N; ++i) g2[i] = r.g2[i];
-    row_prefix_sum(g2);
-    const float last = __shfl_sync(FULL_WARP, g2[N - 1], 31);
-    #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        const int row = 32 * i + lane_id();
-        const float beta = r.beta[i], gamma = exp2_approx(g2[i]);
-        const float k_norm = Cfg::NORMALISE_QK ? rsqrtf(shared.lengths[0][row] + NORM_EPS) : 1.0f;
-        const float q_norm = Cfg::NORMALISE_QK ? rsqrtf(shared.lengths[1][row] + NORM_EPS) : 1.0f;
-        // A step is e^g (I - beta k k^T), which stretches by 1, or by |1 - beta |k|^2| along the key.
-        const float along = fabsf(1.0f - beta * shared.lengths[0][row] * k_norm * k_norm);
-        s.at[G2][row] = g2[i];
-        s.at[BETA][row] = beta;
-        s.at[K_NORM][row] = k_norm;
-        s.at[Q_NORM][row] = q_norm;
-        s.at[FROM_STATE][row] = beta * gamma * k_norm;
-        s.at[TO_OUTPUT][row] = scale * gamma * q_norm;
-        s.at[TO_STATE][row] = k_norm * exp2_approx(last - g2[i]);
-        s.at[GROWTH][row] = r.g2[i] + log2_approx(fmaxf(along, 1.0f));
-    }
-}
 
 // r = rows row0 .. of `s` times all keys; what is above the diagonal is not formed.
 template <class Half, int PARTS, int C, int COLS>
@@ -189,7 +110,7 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
     for (int i = 0; i < group; ++i) {
         const i64 i_hv = i_h * group + i, tile = i_chunk * p.hv + i_hv;
         __syncthreads();  // lengths are there, and the last head's inverse and factors have been read
-        if (i_warp == 0) row_factors<Cfg>(s, numbers, p.scale);
+        if (i_warp == 0) row_factors<Cfg>(s.factors, s.lengths, numbers, p.scale);
         // Once more for each value head: registers do not hold the products while the inverse is made.
         RegTile<16, C> r;  // [16, C]
         times_keys(r, s.k, s.k, row0);
@@ -197,9 +118,9 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
 
         const auto& f = s.factors.at;
         // (2), whose inverse follows
-        for_each(r, [&](int row, int col, float& x) {
-            const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-            x = row0 + row > col ? x * f[BETA][row0 + row] * norms : 0.0f;
+        for_lower(r, i_warp, [&](int row, int col, float& x) {
+            const float norms = Cfg::NORMALISE_QK ? f[K_NORM][row] * f[K_NORM][col] : 1.0f;
+            x = row > col ? x * f[BETA][row] * norms : 0.0f;
         });
         store(s.inverse, r, row0, 0);
         __syncthreads();  // I + L is there
@@ -209,10 +130,10 @@ __device__ void chunk_fwd_intra(const ChunkFwdIntraParams<typename Cfg::Element,
         if (i_warp == 0 && i + 1 < group) numbers = load_numbers<Cfg>(p, chunk, i_hv + 1);
         // (3)
         times_keys(r, s.q, s.k, row0);
-        for_each(r, [&](int row, int col, float& x) {
-            const float decay = exp2_approx(f[G2][row0 + row] - f[G2][col]);
-            const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row0 + row] * f[K_NORM][col] : 1.0f;
-            x = row0 + row >= col ? x * decay * (p.scale * norms) : 0.0f;
+        for_lower(r, i_warp, [&](int row, int col, float& x) {
+            const float decay = exp2_approx(f[G2][row] - f[G2][col]);
+            const float norms = Cfg::NORMALISE_QK ? f[Q_NORM][row] * f[K_NORM][col] : 1.0f;
+            x = row >= col ? x * decay * (p.scale * norms) : 0.0f;
         });
         store_result<true>(p.scores + tile * ELEMS + i64(row0) * C, C, r, 16, C);
         for (int j = threadIdx.x; j < FACTORS * C; j += THREADS) {

@@ -11,10 +11,12 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Shape;
+use crate::chunk_bwd_sm90::{ChunkBwdWhole, WholeInputs, whole_unit};
 use crate::chunk_fwd::{
     ChunkFwdInputs, ChunkFwdIntra, ChunkFwdOptions, ChunkFwdState, Maps, Matrices, ScanTargets, align_of,
     check_aligns, check_inputs, intra_unit, joined, scan_config, state_unit,
 };
+use crate::chunk_fwd_sm90::{ChunkFwdWhole, WholeConfig, WholeKept, WholeTargets, whole_units};
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, OutputConfig, Scan, ScanConfig, grid, too_large,
 };
@@ -136,21 +138,30 @@ pub struct ChunkBwdResult<T> {
 /// Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 #[derive(Debug)]
 pub struct ChunkBwd<T> {
-    intra: ChunkFwdIntra<T>,
-    forward: ChunkFwdState<T>,
-    state: Kernel<ChunkBwdStateParams<T>>,
-    /// What runs before it where sequences are cut into segments.
-    state_maps: Option<Kernel<ChunkBwdStateParams<T>>>,
+    /// Stages of the forward pass; where one kernel does all, those that it needs before.
+    stages: Option<(ChunkFwdIntra<T>, ChunkFwdState<T>)>,
+    whole: Option<ChunkFwdWhole<T>>,
+    /// Gradients of states, after what they start from where sequences are cut into segments.
+    states: Vec<Kernel<ChunkBwdStateParams<T>>>,
     state_grid: Option<Grid>,
-    output: Kernel<ChunkBwdOutputParams<T>>,
-    output_grid: Option<Grid>,
+    gradients: Gradients<T>,
     /// For a raw gate.
     logits: Option<GateOfLogits<T>>,
     tables: ChunkTables,
     tiles: ChunkTiles,
+    scan: ScanConfig,
     shape: Shape,
     forms: Forms,
     scale: f32,
+}
+
+/// What makes the gradients of chunks.
+#[derive(Debug)]
+enum Gradients<T> {
+    /// From gradients of states that are in memory, chunk by chunk.
+    Output(Kernel<ChunkBwdOutputParams<T>>, Option<Grid>),
+    /// On the walk over the states.
+    Whole(ChunkBwdWhole<T>),
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -175,55 +186,95 @@ impl<T: Element> ChunkBwd<T> {
         let heads = tables.segments_len.saturating_mul(shape.hv);
         tracing::debug!(?output, ?forms, "gated_delta chunk_bwd");
         let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
-        // All compile at once where there is a processor for each.
-        let (intra, forward, state, state_maps, output_kernel) = std::thread::scope(|threads| {
-            let intra = threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
-            let forward =
-                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States));
-            let maps = threads.spawn(|| scan.segment.map(|_| kernel(Scan::GradientMaps)).transpose());
-            let state = threads.spawn(|| kernel(Scan::Gradients));
-            let output = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
-            (joined(intra), joined(forward), joined(state), joined(maps), output)
-        });
-        let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         // A block for each multiprocessor, which takes chunks in turn.
         let items = tables.chunks_len.saturating_mul(shape.h);
         grid("NT", tables.chunks_len, shape.h)?;
         let output_grid = grid("NT * H", items.min(device.sm_count() as usize), 1)?;
+        // A block has a whole head, or a whole segment of one: with few of them, stages that cut V are faster.
+        let fills = heads >= device.sm_count() as usize * 3 / 4;
+        let is_cut = scan.segment.is_some();
+        let forward_is_whole = fills && WholeConfig::is_for(&tiles, shape, is_cut, device.arch());
+        let is_whole = fills && ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
+        let walks: &[Scan] = match (scan.segment, is_whole) {
+            (None, false) => &[Scan::Gradients],
+            (Some(_), false) => &[Scan::GradientMaps, Scan::Gradients],
+            (None, true) => &[],
+            (Some(_), true) => &[Scan::GradientMaps, Scan::Ends],
+        };
+        // All compile at once where there is a processor for each.
+        let (intra, forward, whole, states, gradients) = std::thread::scope(|threads| {
+            let intra = (!forward_is_whole).then(|| {
+                threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)))
+            });
+            let forward = (!forward_is_whole).then(|| {
+                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States))
+            });
+            let whole = forward_is_whole.then(|| {
+                threads.spawn(|| {
+                    let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
+                    ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
+                })
+            });
+            let kernel = &kernel;
+            let states: Vec<_> = walks.iter().map(|walk| threads.spawn(|| kernel(*walk))).collect();
+            let gradients = if is_whole {
+                ChunkBwdWhole::new(device, shape, (&tiles, &tables), (scale, &forms)).map(Gradients::Whole)
+            } else {
+                let kernel = device.kernel(&output_unit::<T>(&tiles, &output, &forms));
+                kernel.map(|kernel| Gradients::Output(kernel, output_grid))
+            };
+            let states: Result<Vec<_>, Error> = states.into_iter().map(joined).collect();
+            (intra.map(joined), forward.map(joined), whole.map(joined), states, gradients)
+        });
+        let logits = (forms.gate == GateForm::Raw).then(|| GateOfLogits::new(device)).transpose()?;
         Ok(Self {
-            intra: intra?,
-            forward: forward?,
-            state: state?,
-            state_maps: state_maps?,
+            stages: intra.transpose()?.zip(forward.transpose()?),
+            whole: whole.transpose()?,
+            states: states?,
             state_grid: grid("N * HV", heads, scan.slices(&tiles))?,
-            output: output_kernel?,
-            output_grid,
+            gradients: gradients?,
             logits,
             tables,
             tiles,
+            scan,
             shape: shape.clone(),
             forms,
             scale,
         })
     }
 
-    /// Bytes of the workspace that a run needs: for every chunk and value head two states, two rows of values, two matrices
-    /// of C by C and eight rows of factors.
+    /// Bytes of the workspace that a run needs: for every chunk and value head a state, a row of values, two matrices of C by
+    /// C and eight rows of factors; a second state and row where the gradients of states take a launch of their own.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let [a, b, c] = self.intra.workspace_parts(&self.shape, &self.tables);
-        let [states, values, dg] = self.workspace_parts();
-        let [maps, kept, d_maps] = self.forward.maps_bytes(&self.shape, &self.tables);
-        Workspace::bytes(&[a, b, c, states, states, values, values, dg, maps, kept, d_maps])
+        let [a, b, c] = Matrices::bytes(&self.tiles, self.tables.chunks_len.saturating_mul(self.shape.hv));
+        let [states, values, d_states, d_values, dg] = self.workspace_parts();
+        let [maps, kept, d_maps, ends] = self.maps_bytes();
+        Workspace::bytes(&[a, b, c, states, values, d_states, d_values, dg, maps, kept, d_maps, ends])
     }
 
-    /// Bytes of states, of what rows write, and of the gradients of log decays.
-    fn workspace_parts(&self) -> [usize; 3] {
+    /// Bytes of maps of segments, of whether they keep anything, of those of gradients, and of gradients of states after
+    /// segments.
+    fn maps_bytes(&self) -> [usize; 4] {
+        let heads = self.tables.segments_len.saturating_mul(self.shape.hv);
+        let [maps, kept, d_maps] = self.scan.maps_bytes(&self.tiles, heads);
+        let is_whole = matches!(self.gradients, Gradients::Whole(_));
+        [maps, kept, d_maps, if is_whole { self.scan.ends_bytes(&self.tiles, heads) } else { 0 }]
+    }
+
+    /// Bytes of states, of what rows write, of the gradients of both, and of those of log decays.
+    fn workspace_parts(&self) -> [usize; 5] {
         let (tiles, shape) = (&self.tiles, &self.shape);
         let heads = self.tables.chunks_len.saturating_mul(shape.hv);
         let columns = tiles.padded_v() * tiles.work().bytes();
         let dg = if self.logits.is_some() { shape.head_len().saturating_mul(size_of::<f32>()) } else { 0 };
-        [heads.saturating_mul(columns * tiles.padded_k()), heads.saturating_mul(columns * tiles.c), dg]
+        let states = heads.saturating_mul(columns * tiles.padded_k());
+        let values = heads.saturating_mul(columns * tiles.c);
+        let [d_states, d_values] = match self.gradients {
+            Gradients::Output(..) => [states, values],
+            Gradients::Whole(_) => [0, 0],
+        };
+        [states, values, d_states, d_values, dg]
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -245,27 +296,50 @@ impl<T: Element> ChunkBwd<T> {
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
         let forward = forward_inputs(x);
         let on = (&self.shape, &self.tables);
-        let matrices = self.intra.run(stream, on, &forward, &workspace)?;
-        let [states, values, dg] = self.workspace_parts();
+        let heads = self.tables.chunks_len.saturating_mul(self.shape.hv);
+        let mut matrices = match &self.stages {
+            Some((intra, _)) => intra.run(stream, on, &forward, &workspace)?,
+            None => Matrices::take(&self.tiles, heads, &workspace)?,
+        };
+        let [states, values, d_states, d_values, dg] = self.workspace_parts();
         let mut kept = Kept {
             states: workspace.take(states)?,
             written: workspace.take(values)?,
-            d_states: workspace.take(states)?,
-            dx: workspace.take(values)?,
+            d_states: workspace.take(d_states)?,
+            dx: workspace.take(d_values)?,
         };
         let mut dg_of_logs = workspace.take::<f32>(dg / size_of::<f32>())?;
-        let mut maps = self.forward.take_maps(&self.shape, &self.tables, &workspace)?;
-        let [.., d_maps] = self.forward.maps_bytes(&self.shape, &self.tables);
-        let mut d_maps = workspace.take::<f32>(d_maps / size_of::<f32>())?;
-        let to = ScanTargets {
-            o: None,
-            final_state: None,
-            kept: Some([&mut kept.states, &mut kept.written]),
-            maps: &mut maps,
+        let [maps, has_map, d_maps, ends] = self.maps_bytes();
+        let mut maps = Maps {
+            maps: workspace.take(maps / size_of::<f32>())?,
+            kept: workspace.take(has_map / size_of::<i32>())?,
         };
-        self.forward.run(stream, on, (&forward, &matrices), to)?;
-        self.run_state(stream, x, dx, (&matrices, &mut kept, &maps, &mut d_maps))?;
-        self.run_output(stream, x, dx, (&matrices, &kept, &mut dg_of_logs))?;
+        let mut of_maps = MapGrads {
+            d_maps: workspace.take::<f32>(d_maps / size_of::<f32>())?,
+            ends: workspace.take::<f32>(ends / size_of::<f32>())?,
+        };
+        if let Some((_, scan)) = &self.stages {
+            let kept = Some([&mut kept.states, &mut kept.written]);
+            let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps };
+            scan.run(stream, on, (&forward, &matrices), to)?;
+        }
+        if let Some(whole) = &self.whole {
+            let matrices = Some(&mut matrices);
+            let kept = WholeKept { states: &mut kept.states, written: &mut kept.written, matrices };
+            let to = WholeTargets { o: None, final_state: None, kept: Some(kept) };
+            whole.run(stream, on, &forward, to)?;
+        }
+        self.run_states(stream, x, dx, (&matrices, &mut kept, &maps, &mut of_maps))?;
+        match &self.gradients {
+            Gradients::Output(kernel, grid) => {
+                self.run_output(stream, x, dx, (&matrices, &kept, &mut dg_of_logs, kernel, *grid))?;
+            }
+            Gradients::Whole(whole) => {
+                let ends = self.scan.segment.map(|_| &of_maps.ends);
+                let made = WholeInputs { matrices: &matrices, kept: &kept, ends };
+                whole.run(stream, on, (x, made), (dx, &mut dg_of_logs))?;
+            }
+        }
         match (&self.logits, x.g, &mut dx.dg) {
             (Some(logits), Gate::Raw { .. }, grads) => {
                 logits.run(stream, &self.shape, (x.g, &dg_of_logs), grads)
@@ -274,16 +348,16 @@ impl<T: Element> ChunkBwd<T> {
         }
     }
 
-    /// The gradients of states.
-    fn run_state(
+    /// The gradients of states, or of those after segments.
+    fn run_states(
         &self,
         stream: &CudaStream,
         x: &ChunkBwdInputs<'_, T>,
         dx: &mut ChunkBwdOutputs<'_, T>,
-        (matrices, kept, maps, d_maps): (&Matrices<'_>, &mut Kept<'_>, &Maps<'_>, &mut RawSlice<'_, f32>),
+        (matrices, kept, maps, of_maps): (&Matrices<'_>, &mut Kept<'_>, &Maps<'_>, &mut MapGrads<'_>),
     ) -> Result<(), Error> {
         let Some(grid) = self.state_grid else { return Ok(()) };
-        for kernel in self.state_maps.iter().chain([&self.state]) {
+        for kernel in &self.states {
             kernel.launch(stream, grid, |bind| ChunkBwdStateParams {
                 q: bind.read("q", x.q),
                 k: bind.read("k", x.k),
@@ -298,7 +372,8 @@ impl<T: Element> ChunkBwd<T> {
                 dx: bind.write("workspace", &mut kept.dx),
                 maps: bind.read("workspace", &maps.maps),
                 kept: bind.read("workspace", &maps.kept),
-                d_maps: bind.write("workspace", &mut *d_maps),
+                d_maps: bind.write("workspace", &mut of_maps.d_maps),
+                ends: bind.write("workspace", &mut of_maps.ends),
                 // `new` has checked that H and HV fit.
                 h: self.shape.h as i32,
                 hv: self.shape.hv as i32,
@@ -313,10 +388,16 @@ impl<T: Element> ChunkBwd<T> {
         stream: &CudaStream,
         x: &ChunkBwdInputs<'_, T>,
         dx: &mut ChunkBwdOutputs<'_, T>,
-        (matrices, kept, dg_of_logs): (&Matrices<'_>, &Kept<'_>, &mut RawSlice<'_, f32>),
+        (matrices, kept, dg_of_logs, kernel, grid): (
+            &Matrices<'_>,
+            &Kept<'_>,
+            &mut RawSlice<'_, f32>,
+            &Kernel<ChunkBwdOutputParams<T>>,
+            Option<Grid>,
+        ),
     ) -> Result<(), Error> {
-        let Some(grid) = self.output_grid else { return Ok(()) };
-        self.output.launch(stream, grid, |bind| ChunkBwdOutputParams {
+        let Some(grid) = grid else { return Ok(()) };
+        kernel.launch(stream, grid, |bind| ChunkBwdOutputParams {
             q: bind.read("q", x.q),
             k: bind.read("k", x.k),
             v: bind.read("v", x.v),
@@ -415,11 +496,18 @@ impl<T: Element> ChunkBwd<T> {
 
 /// What the scans leave for the gradients of chunks.
 #[derive(Debug)]
-struct Kept<'a> {
-    states: RawSlice<'a, u8>,
-    written: RawSlice<'a, u8>,
+pub(crate) struct Kept<'a> {
+    pub(crate) states: RawSlice<'a, u8>,
+    pub(crate) written: RawSlice<'a, u8>,
     d_states: RawSlice<'a, u8>,
     dx: RawSlice<'a, u8>,
+}
+
+/// How segments change gradients of states, and these gradients after them.
+#[derive(Debug)]
+struct MapGrads<'a> {
+    d_maps: RawSlice<'a, f32>,
+    ends: RawSlice<'a, f32>,
 }
 
 fn forward_inputs<'a, T: Element>(x: &ChunkBwdInputs<'a, T>) -> ChunkFwdInputs<'a, T> {
@@ -498,12 +586,17 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
         out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Gradients));
         if config.segment.is_some() {
             out.push(bwd_state_unit::<T>(&tiles, &config, Scan::GradientMaps));
+            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Ends));
         }
     }
     if tiles != ChunkTiles::new(T::DTYPE, k, v, Direction::Forward) {
         out.push(intra_unit::<T>(&tiles, forms, arch));
     }
     out.extend(output_units::<T>(&tiles, forms));
+    out.extend(whole_units::<T>(&tiles, forms, true, arch));
+    if ChunkBwdWhole::<T>::is_for_heads(&tiles, arch) {
+        out.push(whole_unit::<T>(&tiles, forms));
+    }
     out
 }
 
@@ -517,7 +610,7 @@ fn output_units<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Vec<Unit> {
 fn bwd_state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, scan: Scan) -> Unit {
     let unit =
         Unit::new::<ChunkBwdStateParams<T>>("gated_delta", "chunk_bwd_state", SOURCE_STATE, config.threads());
-    config.with_config(tiles.with_tiles(unit), tiles, scan)
+    config.with_config(tiles.with_tiles(unit), tiles, scan).with("ENDS", scan == Scan::Ends)
 }
 
 fn output_unit<T: Element>(tiles: &ChunkTiles, config: &OutputConfig, forms: &Forms) -> Unit {
@@ -548,6 +641,7 @@ struct ChunkBwdStateParams<T> {
     maps: Ptr<f32>,
     kept: Ptr<i32>,
     d_maps: PtrMut<f32>,
+    ends: PtrMut<f32>,
     h: i32,
     hv: i32,
 }
@@ -570,6 +664,7 @@ unsafe impl<T: Element> Params for ChunkBwdStateParams<T> {
         Field::new("maps", "const float*", offset_of!(Self, maps)),
         Field::new("kept", "const fla::i32*", offset_of!(Self, kept)),
         Field::new("d_maps", "float*", offset_of!(Self, d_maps)),
+        Field::new("ends", "float*", offset_of!(Self, ends)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
     ];

@@ -11,6 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Shape;
+use crate::chunk_fwd_sm90::{ChunkFwdWhole, WholeConfig, WholeTargets, whole_units};
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, FACTORS, Scan, ScanConfig, check_forms, grid, intra_smem_bytes,
     too_large,
@@ -172,11 +173,17 @@ pub struct ChunkFwdResult<T> {
 /// Yang, Kautz and Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv:2412.06464.
 #[derive(Debug)]
 pub struct ChunkFwd<T> {
-    intra: ChunkFwdIntra<T>,
-    state: ChunkFwdState<T>,
+    passes: Passes<T>,
     tables: ChunkTables,
     shape: Shape,
     forms: Forms,
+}
+
+/// The launches of a plan.
+#[derive(Debug)]
+enum Passes<T> {
+    Stages(Box<(ChunkFwdIntra<T>, ChunkFwdState<T>)>),
+    Whole(ChunkFwdWhole<T>),
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -198,21 +205,33 @@ impl<T: Element> ChunkFwd<T> {
         let tiles = ChunkTiles::new(T::DTYPE, shape.k, shape.v, Direction::Forward);
         let config = scan_config(device, shape, &tiles)?;
         let tables = ChunkTables::new(device, &shape.seqs, tiles.c, config.segment)?;
-        let (intra, state) = std::thread::scope(|scope| {
-            // Both compile at once where there is a processor for each.
-            let intra = scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
-            let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
-            (joined(intra), state)
-        });
-        Ok(Self { intra: intra?, state: state?, tables, shape: shape.clone(), forms })
+        let is_whole = WholeConfig::is_for(&tiles, shape, config.segment.is_some(), device.arch());
+        let passes = if is_whole {
+            let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
+            let whole = (&tiles, whole, &tables);
+            Passes::Whole(ChunkFwdWhole::new(device, shape, whole, (scale, &forms, false))?)
+        } else {
+            let (intra, state) = std::thread::scope(|scope| {
+                // Both compile at once where there is a processor for each.
+                let intra =
+                    scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
+                let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
+                (joined(intra), state)
+            });
+            Passes::Stages(Box::new((intra?, state?)))
+        };
+        Ok(Self { passes, tables, shape: shape.clone(), forms })
     }
 
-    /// Bytes of the workspace that a run needs: for every chunk and value head two matrices of C by C and eight rows, and for
-    /// every segment of a sequence that is cut into several how it changes a state.
+    /// Bytes of the workspace that a run needs. Where one kernel does all that is next to nothing; otherwise for every chunk
+    /// and value head two matrices of C by C and eight rows, and for every segment of a sequence that is cut into several how
+    /// it changes a state.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let [inverse, scores, factors] = self.intra.workspace_parts(&self.shape, &self.tables);
-        let [maps, kept, _] = self.state.maps_bytes(&self.shape, &self.tables);
+        let Passes::Stages(stages) = &self.passes else { return Workspace::bytes(&[1]) };
+        let (intra, state) = &**stages;
+        let [inverse, scores, factors] = intra.workspace_parts(&self.shape, &self.tables);
+        let [maps, kept, _] = state.maps_bytes(&self.shape, &self.tables);
         Workspace::bytes(&[inverse, scores, factors, maps, kept])
     }
 
@@ -243,15 +262,18 @@ impl<T: Element> ChunkFwd<T> {
             align_of("final_state", stream, &mut **state)?;
         }
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
-        let matrices = self.intra.run(stream, (shape, &self.tables), x, &workspace)?;
-        let mut maps = self.state.take_maps(&self.shape, &self.tables, &workspace)?;
-        let to = ScanTargets {
-            o: Some(&mut *y.o),
-            final_state: y.final_state.as_deref_mut(),
-            kept: None,
-            maps: &mut maps,
-        };
-        self.state.run(stream, (shape, &self.tables), (x, &matrices), to)
+        let on = (shape, &self.tables);
+        let (o, final_state) = (Some(&mut *y.o), y.final_state.as_deref_mut());
+        match &self.passes {
+            Passes::Stages(stages) => {
+                let (intra, state) = &**stages;
+                let matrices = intra.run(stream, on, x, &workspace)?;
+                let mut maps = state.take_maps(shape, &self.tables, &workspace)?;
+                let to = ScanTargets { o, final_state, kept: None, maps: &mut maps };
+                state.run(stream, on, (x, &matrices), to)
+            }
+            Passes::Whole(whole) => whole.run(stream, on, x, WholeTargets { o, final_state, kept: None }),
+        }
     }
 }
 
@@ -335,6 +357,28 @@ pub(crate) struct Matrices<'a> {
     pub(crate) factors: RawSlice<'a, f32>,
 }
 
+impl<'a> Matrices<'a> {
+    /// Bytes of the inverses, the scores and the factors, for every chunk of so many heads.
+    pub(crate) fn bytes(tiles: &ChunkTiles, heads: usize) -> [usize; 3] {
+        let c = tiles.c;
+        let matrices = heads.saturating_mul(c * c * tiles.work().bytes());
+        [matrices, matrices, heads.saturating_mul(FACTORS * c * size_of::<f32>())]
+    }
+
+    pub(crate) fn take(
+        tiles: &ChunkTiles,
+        heads: usize,
+        workspace: &'a Workspace<'_>,
+    ) -> Result<Self, Error> {
+        let [inverse, scores, factors] = Self::bytes(tiles, heads);
+        Ok(Self {
+            inverse: workspace.take::<u8>(inverse)?,
+            scores: workspace.take::<u8>(scores)?,
+            factors: workspace.take::<f32>(factors / size_of::<f32>())?,
+        })
+    }
+}
+
 /// The stage `intra` of a plan, for both directions.
 #[derive(Debug)]
 pub(crate) struct ChunkFwdIntra<T> {
@@ -366,10 +410,7 @@ impl<T: Element> ChunkFwdIntra<T> {
 
     /// Bytes of the inverses, the scores and the factors.
     pub(crate) fn workspace_parts(&self, shape: &Shape, tables: &ChunkTables) -> [usize; 3] {
-        let ChunkTiles { c, .. } = self.tiles;
-        let heads = tables.chunks_len.saturating_mul(shape.hv);
-        let matrices = heads.saturating_mul(c * c * self.tiles.work().bytes());
-        [matrices, matrices, heads.saturating_mul(FACTORS * c * size_of::<f32>())]
+        Matrices::bytes(&self.tiles, tables.chunks_len.saturating_mul(shape.hv))
     }
 
     pub(crate) fn run<'a>(
@@ -379,12 +420,7 @@ impl<T: Element> ChunkFwdIntra<T> {
         x: &ChunkFwdInputs<'_, T>,
         workspace: &'a Workspace<'_>,
     ) -> Result<Matrices<'a>, Error> {
-        let [inverse, scores, factors] = self.workspace_parts(shape, tables);
-        let mut to = Matrices {
-            inverse: workspace.take::<u8>(inverse)?,
-            scores: workspace.take::<u8>(scores)?,
-            factors: workspace.take::<f32>(factors / size_of::<f32>())?,
-        };
+        let mut to = Matrices::take(&self.tiles, tables.chunks_len.saturating_mul(shape.hv), workspace)?;
         let Some(grid) = self.grid else { return Ok(to) };
         let (g, raw) = match x.g {
             Gate::None => (None, None),
@@ -542,7 +578,8 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
             if config.segment.is_some() { &[Scan::Outputs, Scan::Maps][..] } else { &[Scan::Outputs] };
         scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan))
     });
-    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).collect()
+    let whole = whole_units::<T>(&tiles, forms, false, arch);
+    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).chain(whole).collect()
 }
 
 pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, arch: Arch) -> Unit {

@@ -11,6 +11,9 @@ use crate::gates::{BetaForm, BetaMap, Forms, GateForm, QkNorm};
 pub(crate) const HEADERS: &[Source] = &[
     Source { name: "fla/gated_delta/recurrent_fwd.cuh", text: include_str!("../kernels/recurrent_fwd.cuh") },
     Source { name: "fla/gated_delta/chunk.cuh", text: include_str!("../kernels/chunk.cuh") },
+    Source { name: "fla/gated_delta/chunk_grads.cuh", text: include_str!("../kernels/chunk_grads.cuh") },
+    Source { name: "fla/gated_delta/chunk_rows.cuh", text: include_str!("../kernels/chunk_rows.cuh") },
+    Source { name: "fla/gated_delta/chunk_wgmma.cuh", text: include_str!("../kernels/chunk_wgmma.cuh") },
 ];
 
 /// Rows of factors that `chunk_fwd_intra` writes for each chunk and value head.
@@ -91,20 +94,25 @@ pub(crate) fn with_forms(unit: Unit, forms: &Forms) -> Unit {
 
 /// Lays out a struct of shared memory as the compiler of kernels does.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
+pub(crate) struct Layout {
     bytes: usize,
     align: usize,
 }
 
 impl Layout {
-    const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { bytes: 0, align: 1 }
     }
 
-    fn add(mut self, bytes: usize, align: usize) -> Self {
+    pub(crate) fn add(mut self, bytes: usize, align: usize) -> Self {
         self.bytes = self.bytes.next_multiple_of(align) + bytes;
         self.align = self.align.max(align);
         self
+    }
+
+    /// Adds a struct.
+    pub(crate) fn member(self, member: Self) -> Self {
+        self.add(member.size(), member.align)
     }
 
     /// Adds a member, or the byte of an empty struct.
@@ -113,21 +121,21 @@ impl Layout {
     }
 
     /// An operand `[rows, cols]`.
-    fn tile(self, tiles: &ChunkTiles, rows: usize, cols: usize) -> Self {
+    pub(crate) fn tile(self, tiles: &ChunkTiles, rows: usize, cols: usize) -> Self {
         // Rows of whole 128 bytes are swizzled, others padded.
         let (stride, align) = if cols.is_multiple_of(64) { (cols, 1024) } else { (cols + 8, 16) };
         self.add(tiles.parts * rows * stride * 2, align)
     }
 
-    fn factors(self, c: usize) -> Self {
+    pub(crate) fn factors(self, c: usize) -> Self {
         self.add(FACTORS * c * size_of::<f32>(), 16)
     }
 
-    fn times(self, n: usize) -> Self {
+    pub(crate) fn times(self, n: usize) -> Self {
         Self { bytes: n * self.size(), align: self.align }
     }
 
-    const fn size(&self) -> usize {
+    pub(crate) const fn size(&self) -> usize {
         self.bytes.next_multiple_of(self.align)
     }
 }
@@ -153,12 +161,14 @@ pub(crate) enum Scan {
     Gradients,
     /// How segments change gradients of states.
     GradientMaps,
+    /// Gradients of states after segments, made of these maps.
+    Ends,
 }
 
 impl Scan {
     /// Whether it walks from the last chunk to the first.
     pub(crate) const fn is_back(self) -> bool {
-        matches!(self, Self::Gradients | Self::GradientMaps)
+        matches!(self, Self::Gradients | Self::GradientMaps | Self::Ends)
     }
 
     const fn is_maps(self) -> bool {
@@ -296,6 +306,12 @@ impl ScanConfig {
                 rows(tiles.padded_v()),
             ],
         }
+    }
+
+    /// Bytes of the gradients of states after segments.
+    pub(crate) fn ends_bytes(&self, tiles: &ChunkTiles, heads: usize) -> usize {
+        let state = tiles.padded_v() * tiles.padded_k() * size_of::<f32>();
+        if self.segment.is_some() { heads.saturating_mul(state) } else { 0 }
     }
 }
 

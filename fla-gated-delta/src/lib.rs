@@ -5,7 +5,9 @@ mod gates;
 mod shape;
 
 mod chunk_bwd;
+mod chunk_bwd_sm90;
 mod chunk_fwd;
+mod chunk_fwd_sm90;
 
 mod recurrent_bwd;
 mod recurrent_fwd;

@@ -32,6 +32,46 @@ const CASES: &[Case] = &[
     Case { name: "1000 tokens, one head", b: 1, t: 1000, h: 1, hv: 1, ..BASE },
     Case { name: "K = V = 128, 300 tokens", t: 300, k: 128, v: 128, ..BASE },
     Case { name: "K = V = 128, 64 heads", b: 4, t: 130, h: 64, hv: 64, k: 128, v: 128, ..BASE },
+    Case {
+        name: "K = V = 128, packed, no states",
+        packed: &[0, 65, 1, 200, 0],
+        k: 128,
+        v: 128,
+        initial_state: false,
+        ..BASE
+    },
+    Case {
+        name: "K = V = 128, normalised, sigmoid",
+        t: 200,
+        k: 128,
+        v: 128,
+        qk_norm: QkNorm::L2,
+        beta_map: BetaMap::Sigmoid,
+        ..BASE
+    },
+    Case { name: "K = V = 128, raw gate", t: 90, k: 128, v: 128, gate: GateForm::Raw, ..BASE },
+    Case {
+        name: "K = V = 128, no gate, strength 1",
+        t: 90,
+        k: 128,
+        v: 128,
+        gate: GateForm::None,
+        beta: BetaForm::One,
+        ..BASE
+    },
+    Case {
+        name: "K = V = 128, one long sequence in segments",
+        b: 1,
+        t: 2100,
+        h: 1,
+        hv: 1,
+        k: 128,
+        v: 128,
+        gates: Gates::Weak,
+        ..BASE
+    },
+    Case { name: "K = 64, V = 128", t: 200, k: 64, v: 128, ..BASE },
+    Case { name: "K = 128, V = 192", t: 200, k: 128, v: 192, ..BASE },
     Case { name: "K = V = 128, 32 heads", t: 130, h: 32, hv: 32, k: 128, v: 128, ..LAYER },
     Case { name: "packed", packed: &[3, 70, 1, 130], ..LAYER },
     Case { name: "packed with empty members", packed: &[0, 65, 0, 0, 1, 20, 0], k: 128, ..LAYER },
@@ -109,6 +149,16 @@ fn within<T: Poison>(name: &str, got: &[f32], want: &[f64], class: Class) -> Res
 }
 
 fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> Result<(), String> {
+    check_classes::<T>(device, stream, case, [Class::Output, Class::FinalState])
+}
+
+/// With the classes of limits that outputs and final states are judged by.
+fn check_classes<T: Poison + Storage>(
+    device: &Device,
+    stream: &Arc<CudaStream>,
+    case: &Case,
+    [of_o, of_state]: [Class; 2],
+) -> Result<(), String> {
     let problem = Problem::new::<T, f32>(case);
     let want =
         reference::recurrent_fwd(&case.reference_shape(), &problem.inputs(case), &case.reference_options());
@@ -118,8 +168,8 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
     same_bits("final_state", &state, &state_again)?;
     let o: Vec<f32> = o.iter().map(|x| x.to_f32()).collect();
     let results = [
-        within::<T>("o", &o, &want.o, Class::Output),
-        within::<T>("final_state", &state, &want.final_state, Class::FinalState),
+        within::<T>("o", &o, &want.o, of_o),
+        within::<T>("final_state", &state, &want.final_state, of_state),
     ];
     let failures: Vec<String> = results.into_iter().filter_map(Result::err).collect();
     if failures.is_empty() { Ok(()) } else { Err(failures.join("; ")) }
@@ -158,9 +208,10 @@ proptest! {
             let case = Case { channel_gates: ChannelGates::None, beta, t: 5 * case.t, ..case };
             assert_eq!(check::<f32>(&device, &stream, &case), Ok(()), "{case:?}");
             // Keys of few channels nearly repeat, and bf16 rounds sums of them before they cancel.
-            if case.k >= 48 && case.beta_map != BetaMap::TwiceSigmoid {
-                assert_eq!(check::<bf16>(&device, &stream, &case), Ok(()), "{case:?}");
-            }
+            let nearly_repeats = case.k < 48 || case.beta_map == BetaMap::TwiceSigmoid;
+            let classes =
+                if nearly_repeats { [Class::OfRepeats; 2] } else { [Class::Output, Class::FinalState] };
+            assert_eq!(check_classes::<bf16>(&device, &stream, &case, classes), Ok(()), "{case:?}");
         }
     }
 }
