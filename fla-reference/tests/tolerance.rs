@@ -23,10 +23,11 @@ fn limits_follow_the_format_of_the_vectors() {
 
 #[test]
 fn a_missing_row_is_named() {
-    let key = Key { model: Model::Rwkv6, pass: Pass::ChunkBwd, class: Class::GateGrad, ..GPU };
+    // Keys that repeat do no harm where no rule takes back what a key has written.
+    let key = Key { model: Model::Rwkv6, pass: Pass::ChunkBwd, class: Class::OfRepeats, ..GPU };
     let error = limit(key).unwrap_err();
     assert_eq!(error.key, key);
-    assert_eq!(error.to_string(), "the tolerance table has no row for Gpu, Rwkv6, ChunkBwd, F32, GateGrad");
+    assert_eq!(error.to_string(), "the tolerance table has no row for Gpu, Rwkv6, ChunkBwd, F32, OfRepeats");
 }
 
 #[test]
