@@ -364,11 +364,14 @@ impl ChunkVariant {
             grad_warps: 4,
             k_splits: 1,
         };
-        // Where 16 warps find registers is the assembler's luck: what has been tried goes there, and the rest has 12.
+        // Where 16 warps find registers is the assembler's luck: what has been tried goes there, and the rest has 12; before
+        // sm_90 some bytes spill.
         let is_plain = self.transition == Transition::General && self.decay == Decay::Log;
         let is_both = self.transition == Transition::KeyAndRate && self.decay == Decay::Logit;
         let config = match (self.parts(), self.k) {
-            (1, 33..=64) if v <= 64 && self.is_copied() && (is_plain || is_both) => {
+            (1, 33..=64)
+                if self.arch.major() >= 9 && v <= 64 && self.is_copied() && (is_plain || is_both) =>
+            {
                 if room.has_few_heads() {
                     ChunkConfig {
                         scale_warps: 4,
