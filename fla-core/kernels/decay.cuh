@@ -2,8 +2,8 @@
 //
 // A token i that reads and one j before it that writes meet through e^{sum of g over j < s < i}, or over j < s <= i. That is
 // one factor for i times one for j, each a sum of log decays between its token and a reference, for each channel. With the
-// reference in the middle of the chunk no factor is above e^{span}, where span is the larger decay of the two halves, and
-// bf16 has the range of f32. Where a channel decays by more than e^-SPAN in a half, or than e^-STEP in a token, pairs are taken
+// reference at the start of the chunk no factor is above one over the decay of the chunk, and bf16 has the range of f32.
+// Where a channel decays by more in the chunk than a model allows for that, or than e^-STEP in a token, pairs are taken
 // level by level instead: those in the two halves of the chunk, in the two halves of a half and so on, each with its
 // reference between the halves, where no factor is above 1; and those of a token with itself, where there is none. Nothing
 // overflows, and nothing is a difference of larger numbers.
@@ -14,19 +14,18 @@
 
 namespace fla {
 
-// Decays, in nats, up to which one reference will do. Factors e^SPAN, times anything, are far inside of f32; and of pairs
-// that cancel in the gradient of a decay, rounding of f32 is left, which is to be small beside e^-STEP.
-inline constexpr float SPAN = 48.0f, STEP = 8.0f;
+// Decay of a token, in nats, up to which one reference will do: of pairs that cancel in the gradient of a decay, rounding
+// of f32 is left, which is to be small beside e^-STEP.
+inline constexpr float STEP = 8.0f;
 
-// The references. CENTRED: the middle of the chunk. STARTED: its start, where a state stands, at twice the span. EXACT: what
-// reads counts from the chunk's start, what writes to its end.
+// The references. STARTED: the start of the chunk. EXACT: what reads counts from the chunk's start, what writes to its end.
 // LEVEL + i: between the halves of each block of 16 >> i tokens.
-enum Mode { CENTRED, STARTED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
+enum Mode { STARTED, EXACT, LEVEL, DIAGONAL = LEVEL + 4, MODES };
 
 // Whether the pair of a reading and a writing token belongs to a mode that has pairs. Of a pair of one token, only queries
 // read what it writes.
 __device__ inline bool is_pair(int mode, int reads, int writes, bool is_q) {
-    if (mode <= STARTED) return reads > writes || (is_q && reads == writes);
+    if (mode == STARTED) return reads > writes || (is_q && reads == writes);
     if (mode == DIAGONAL) return is_q && reads == writes;
     // The highest bit in which the tokens differ says where they part.
     const int half = CHUNK / 2 >> (mode - LEVEL), differ = reads ^ writes;
@@ -40,12 +39,7 @@ struct DecaySigns {
     int back;  // from after the token to the reference, or with EXACT to the end
 
     __device__ DecaySigns(int mode, int token, int of) : incl(of <= token), excl(of < token), back(of > token) {
-        if (mode == CENTRED) {
-            const int to_reference = of < CHUNK / 2;
-            incl -= to_reference;
-            excl -= to_reference;
-            back = -incl;
-        } else if (mode == STARTED) {
+        if (mode == STARTED) {
             back = -incl;
         } else if (mode == DIAGONAL) {
             incl = excl = back = 0;

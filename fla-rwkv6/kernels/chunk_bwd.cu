@@ -16,15 +16,16 @@
 // S comes from memory in the same order. So all of (4) to (10) is a warp's own but for (5), whose sum over K takes D, the
 // factors and the scores from shared memory.
 //
-// A factor of a pair is e to a sum of log decays that a matrix of -1, 0 and 1 has picked, so its part of (8) is that matrix's
-// transpose times what the factor's gradient is. Where the matrix has -1, pairs on one side of t cancel: they are the same
-// rounded numbers, so that only rounding of f32 is left.
+// A factor of a pair is e to a sum of log decays that a matrix of 0 and 1 has picked, so its part of (8) is that matrix's
+// transpose times what the factor's gradient is. With the reference at the chunk's start what writes has one over the decay
+// through its own token: pairs on one side of t then cancel in (8), and are the same rounded numbers, so that only rounding of
+// f32 is left.
 //
 // With few heads a sequence is cut into segments, and the kernel runs twice: with LOCAL for the D that a segment adds to what
 // comes from those after it, and its decay; then each segment folds those after it into the D that it starts from.
 //
 // Reference  fla_reference::rwkv6::chunk_bwd
-// Launch     a block has BV value channels of one segment and head: a warp for every 16 key channels, or two
+// Launch     a block has BV value channels of one segment and head: a warp for every 16 key channels
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/blocks.cuh>
@@ -71,10 +72,10 @@ struct ChunkBwdParams {
 template <class Cfg>
 concept ChunkBwdConfig = requires {
     typename Cfg::Element;
-    Cfg::K;           // key channels
-    Cfg::V;           // value channels
-    Cfg::BV;          // value channels of a block
-    Cfg::STAGES;      // chunks in shared memory: 2 or 3
+    Cfg::K;       // key channels
+    Cfg::V;       // value channels
+    Cfg::BV;      // value channels of a block
+    Cfg::STAGES;  // chunks in shared memory: 2 or 3
     Cfg::LOCAL;   // D of segments is wanted, and nothing else
 };
 
@@ -210,6 +211,8 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     using Stage = ChunkBwdStage<Cfg>;
     constexpr int K = Cfg::K, V = Cfg::V, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
     constexpr int WARPS = KP<Cfg> / 16, THREADS = 32 * WARPS, TILES = BV / 16;
+    // Of each chunk the state is copied before the tokens of a later one: what waits for the one lets the other go on.
+    static_assert(STAGES == 2 || STAGES == 3, "copies of one chunk's tokens may be under way");
     // Whether parts of scores are added up by all threads at once, or by each warp for itself, which saves a barrier.
     constexpr bool MANY_SLICES = WARPS > 4;
     constexpr int DV_UNROLL = BV <= 64 ? 4 : 2;  // D takes the registers
