@@ -54,6 +54,16 @@ impl Arch {
         self.major == 9
     }
 
+    /// Shared memory that a block can ask for, for compiling without a device; a device says it itself.
+    #[must_use]
+    pub const fn smem_bytes(self) -> usize {
+        match (self.major, self.minor) {
+            (8, 0 | 7) => 163 << 10,
+            (8, _) | (12.., _) => 99 << 10,
+            _ => 227 << 10,
+        }
+    }
+
     /// Whether bulk copies, mbarriers with transaction counts, clusters and programmatic dependent launch exist.
     #[must_use]
     pub const fn has_tma(self) -> bool {

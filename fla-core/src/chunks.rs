@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use crate::{Error, SeqLens};
+use crate::{Device, Error, SeqLens};
 
 /// Chunks of `C` tokens, restarted at every sequence; the last of a sequence may be short.
 ///
@@ -81,6 +81,48 @@ impl Chunks {
     /// [`Error::OutOfMemory`] or [`Error::Driver`].
     pub fn upload(&self, stream: &Arc<CudaStream>) -> Result<CudaSlice<i32>, Error> {
         stream.clone_htod(&self.table).map_err(|error| Error::driver("the copy of a chunk table", error))
+    }
+}
+
+/// What the kernels of a pass have to know of chunks when each block walks a sequence: nothing more than lengths when
+/// sequences are dense.
+#[derive(Debug)]
+pub struct ChunkCut {
+    /// Chunks of all sequences, `NT`.
+    pub nt: usize,
+    /// Chunks of the longest sequence.
+    pub longest: usize,
+    /// Tokens before each sequence, on the device: `[N + 1]`; none when sequences are dense.
+    pub cu_seqlens: Option<CudaSlice<i64>>,
+    /// Chunks before each sequence, on the device: `[N + 1]`; none when sequences are dense.
+    pub chunk_offsets: Option<CudaSlice<i64>>,
+}
+
+impl ChunkCut {
+    /// Cuts every sequence into chunks of `c` tokens, and uploads what packed ones need.
+    ///
+    /// # Errors
+    ///
+    /// As [`Chunks::new`], of dense sequences too; [`Error::OutOfMemory`] or [`Error::Driver`].
+    pub fn new(device: &Device, seqs: &SeqLens, c: usize) -> Result<Self, Error> {
+        if seqs.is_dense() {
+            let longest = seqs.t().div_ceil(c);
+            let max = i32::MAX as usize;
+            if longest > max {
+                let wanted = format!("at most {}", max * c);
+                return Err(Error::Dim { dim: "T", wanted, got: seqs.t() });
+            }
+            let nt = seqs.n().saturating_mul(longest);
+            return Ok(Self { nt, longest, cu_seqlens: None, chunk_offsets: None });
+        }
+        let chunks = Chunks::new(seqs, c)?;
+        let longest = chunks.offsets().windows(2).map(|pair| pair[1] - pair[0]).max();
+        Ok(Self {
+            nt: chunks.len(),
+            longest: longest.unwrap_or(0),
+            cu_seqlens: seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?,
+            chunk_offsets: Some(device.upload_offsets(chunks.offsets())?),
+        })
     }
 }
 

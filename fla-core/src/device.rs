@@ -11,7 +11,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::cache::Origin;
-use crate::{Arch, Cache, Cublas, Error, Kernel, Params, Unit, library};
+use crate::{Arch, Cache, Cublas, Error, Kernel, Params, Shape, Unit, library};
 
 /// A GPU: its context, what it can do, and the kernels that were loaded for it.
 ///
@@ -130,6 +130,22 @@ impl Device {
     #[must_use]
     pub fn sm_count(&self) -> u32 {
         self.inner.sm_count
+    }
+
+    /// Refuses a head for which a block needs more shared memory than it has, however the work is cut.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Dim`], of K.
+    pub fn check_smem(&self, shape: &Shape, needed: usize) -> Result<(), Error> {
+        let smem_bytes = self.smem_bytes() as usize;
+        if needed <= smem_bytes {
+            return Ok(());
+        }
+        let wanted = format!(
+            "less in this type, for which a block needs {needed} bytes of shared memory and has {smem_bytes}"
+        );
+        Err(Error::Dim { dim: "K", wanted, got: shape.k })
     }
 
     /// Shared memory that one block can ask for, in bytes.

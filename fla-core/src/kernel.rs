@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop, sys};
 
-use crate::{Error, Params, Ptr, PtrMut};
+use crate::{Error, Params, Ptr, PtrMut, Shape};
 
 /// Every tensor starts at a multiple of this many bytes, which is what the widest loads need.
 pub const ALIGN_BYTES: usize = 16;
@@ -27,6 +27,23 @@ impl Grid {
     #[must_use]
     pub const fn x(blocks: u32) -> Self {
         Self::xyz([blocks, 1, 1])
+    }
+
+    /// `blocks` blocks along x for each head of each sequence; none when that makes no block.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Dim`] when they are more than a launch has.
+    pub fn of_heads(shape: &Shape, blocks: usize) -> Result<Option<Self>, Error> {
+        let heads = shape.seqs.n().saturating_mul(shape.h);
+        match i32::try_from(heads.saturating_mul(blocks)) {
+            Ok(0) => Ok(None),
+            Ok(all) => Ok(Some(Self::x(all as u32))),
+            Err(_) => {
+                let wanted = format!("at most {}", i32::MAX as usize / blocks);
+                Err(Error::Dim { dim: "N * H", wanted, got: heads })
+            }
+        }
     }
 
     /// Blocks along three axes; y and z for small counts that the kernel fixes.

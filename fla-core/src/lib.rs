@@ -20,6 +20,7 @@ mod unit;
 mod cublas;
 mod kernel;
 mod recurrent;
+mod smem;
 mod state;
 mod tma;
 
@@ -30,7 +31,7 @@ pub use cudarc;
 
 pub use crate::arch::Arch;
 pub use crate::cache::Cache;
-pub use crate::chunks::Chunks;
+pub use crate::chunks::{ChunkCut, Chunks};
 pub use crate::cublas::{Cublas, Factor, Product};
 pub use crate::device::Device;
 pub use crate::dtype::{DType, Element};
@@ -40,8 +41,10 @@ pub use crate::kernel::{ALIGN_BYTES, Binder, Grid, Kernel, check_align, check_le
 pub use crate::params::{Field, Params, Ptr, PtrMut};
 pub use crate::recurrent::{StateStream, StateTile, WalkBack};
 pub use crate::shape::{SeqLens, Shape};
+pub use crate::smem::SmemLayout;
 pub use crate::state::{
-    FinalState, StateDims, StateElement, StatePool, StateShape, StateTensors, States, check_slots,
+    FinalState, SavedStates, StateDims, StateElement, StatePool, StateShape, StateTensors, States,
+    check_slots,
 };
 pub use crate::tma::{Matrix, Swizzle, TensorMap};
 pub use crate::unit::{Constant, Source, Unit};

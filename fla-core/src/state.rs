@@ -16,6 +16,15 @@ pub trait StateElement: Element {}
 impl StateElement for f32 {}
 impl StateElement for bf16 {}
 
+/// Whether the states at the starts of chunks go from the forward to the backward pass: memory or time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SavedStates {
+    /// They do not: the backward pass computes them once more, into its workspace.
+    Recomputed,
+    /// The forward pass writes them and the backward pass reads them.
+    Kept,
+}
+
 /// Where the state after the last token of each sequence goes.
 #[allow(missing_debug_implementations, reason = "device tensors have nothing to print")]
 pub enum FinalState<'a, S> {

@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit, Workspace,
-    check_align, check_len,
+    Arch, ChunkCut, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, SavedStates, Shape,
+    Source, Unit, Workspace, check_align, check_len,
 };
 use half::{bf16, f16};
 
 use crate::chunk_fwd::{
-    ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, MAX_V, SavedStates, check_smem, grid, is_plain,
-    kernel_that_fits, max_k, variant, variants, with_constants,
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, MAX_V, is_plain, kernel_that_fits, max_k, states_len, variant,
+    variants, with_constants,
 };
-use crate::config::{ChunkConfig, ChunkVariant, Room};
+use crate::config::{CHUNK, ChunkConfig, ChunkVariant, Room};
 
 const SOURCE: Source =
     Source { name: "fla/dplr/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -169,12 +169,12 @@ impl<T: Element> ChunkBwd<T> {
         let variant = variant::<T>(device.arch(), shape, options);
         let room = Room::new(device, shape);
         let configs = [variant.bwd(&room), variant.bwd_of_few_warps(&room)];
-        check_smem(device, shape, variant.bwd_smem_bytes(&configs[0]))?;
+        device.check_smem(shape, variant.bwd_smem_bytes(&configs[0]))?;
         let (kernel, config) = kernel_that_fits(device, configs, |config| unit::<T>(&variant, config))?;
         let slices = variant.slices(&config);
         tracing::debug!(?variant, ?config, "dplr chunk_bwd");
-        let grid = grid(shape, slices * config.k_splits)?;
-        let cut = ChunkCut::new(device, shape)?;
+        let grid = Grid::of_heads(shape, slices * config.k_splits)?;
+        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         let recompute = match options.saved_states {
             SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options)?),
             SavedStates::Kept => None,
@@ -183,7 +183,7 @@ impl<T: Element> ChunkBwd<T> {
             kernel,
             output: (slices > 1).then(|| device.kernel(&unit_output::<T>())).transpose()?,
             recompute,
-            states_len: cut.states_len(shape, &variant),
+            states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             slices,

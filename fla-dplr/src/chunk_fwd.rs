@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, Chunks, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source,
-    Unit, check_len,
+    Arch, ChunkCut, DType, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, SavedStates,
+    Shape, Source, Unit, check_len,
 };
 use half::{bf16, f16};
 
@@ -40,15 +40,6 @@ pub enum Decay {
     /// RWKV-7's logit x, any number: the log decay is `-e^{-1/2} sigmoid(x)`, formed in f32 inside the kernel. The
     /// gradient is that of x.
     Logit,
-}
-
-/// Whether the states at the starts of chunks go from the forward to the backward pass: memory or time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SavedStates {
-    /// They do not: the backward pass computes them once more, into its workspace.
-    Recomputed,
-    /// The forward pass writes them and the backward pass reads them.
-    Kept,
 }
 
 /// What has no safe default, and what may be changed. Both passes of a training step take the same.
@@ -243,16 +234,16 @@ impl<T: Element> ChunkFwd<T> {
         let variant = variant::<T>(device.arch(), shape, options);
         let room = Room::new(device, shape);
         let configs = [variant.fwd(&room, writes), variant.fwd_of_few_warps(&room)];
-        check_smem(device, shape, variant.fwd_smem_bytes(&configs[0]))?;
+        device.check_smem(shape, variant.fwd_smem_bytes(&configs[0]))?;
         let (kernel, config) =
             kernel_that_fits(device, configs, |config| unit::<T>(&variant, config, writes))?;
         tracing::debug!(?variant, ?config, ?writes, "dplr chunk_fwd");
-        let grid = grid(shape, variant.slices(&config))?;
-        let cut = ChunkCut::new(device, shape)?;
+        let grid = Grid::of_heads(shape, variant.slices(&config))?;
+        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         Ok(Self {
             kernel,
             writes,
-            states_len: cut.states_len(shape, &variant),
+            states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             scale,
@@ -390,65 +381,6 @@ pub fn chunk_fwd<T: Element>(
     Ok(y)
 }
 
-/// What kernels have to know of chunks, on the device; nothing when sequences are dense.
-#[derive(Debug)]
-pub(crate) struct ChunkCut {
-    /// Chunks of all sequences, `NT`.
-    pub(crate) nt: usize,
-    /// Tokens before each sequence: `[N + 1]`.
-    pub(crate) cu_seqlens: Option<CudaSlice<i64>>,
-    /// Chunks before each sequence: `[N + 1]`.
-    pub(crate) chunk_offsets: Option<CudaSlice<i64>>,
-}
-
-impl ChunkCut {
-    /// Cuts every sequence into chunks, and uploads what packed ones need.
-    pub(crate) fn new(device: &Device, shape: &Shape) -> Result<Self, Error> {
-        let seqs = &shape.seqs;
-        if seqs.is_dense() {
-            let nt = seqs.n().saturating_mul(seqs.t().div_ceil(CHUNK));
-            return Ok(Self { nt, cu_seqlens: None, chunk_offsets: None });
-        }
-        // Refuses lengths that only the device knows.
-        let chunks = Chunks::new(seqs, CHUNK)?;
-        Ok(Self {
-            nt: chunks.len(),
-            cu_seqlens: seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?,
-            chunk_offsets: Some(device.upload_offsets(chunks.offsets())?),
-        })
-    }
-
-    /// Elements of the states at the starts of all chunks. Saturates, so that a product that no memory holds fits no tensor.
-    pub(crate) fn states_len(&self, shape: &Shape, variant: &ChunkVariant) -> usize {
-        self.nt.saturating_mul(shape.h).saturating_mul(variant.saved_len())
-    }
-}
-
-/// The blocks of a launch that gives `slices` of them to each head of each sequence; none when there is nothing to do.
-pub(crate) fn grid(shape: &Shape, slices: usize) -> Result<Option<Grid>, Error> {
-    let states = shape.seqs.n().saturating_mul(shape.h);
-    match i32::try_from(states.saturating_mul(slices)) {
-        Ok(0) => Ok(None),
-        Ok(blocks) => Ok(Some(Grid::x(blocks as u32))),
-        Err(_) => {
-            let wanted = format!("at most {}", i32::MAX as usize / slices);
-            Err(Error::Dim { dim: "N * H", wanted, got: states })
-        }
-    }
-}
-
-/// Refuses a head for which a block has too little shared memory, however the work is cut.
-pub(crate) fn check_smem(device: &Device, shape: &Shape, needed: usize) -> Result<(), Error> {
-    let smem_bytes = device.smem_bytes() as usize;
-    if needed <= smem_bytes {
-        return Ok(());
-    }
-    let wanted = format!(
-        "less in this type, for which a block needs {needed} bytes of shared memory and has {smem_bytes}"
-    );
-    Err(Error::Dim { dim: "K", wanted, got: shape.k })
-}
-
 /// The kernel of the first choice, or of the second where the first finds too few registers: for which heads that is, only the
 /// assembler knows.
 pub(crate) fn kernel_that_fits<P: Params>(
@@ -463,6 +395,11 @@ pub(crate) fn kernel_that_fits<P: Params>(
         }
         kernel => Ok((kernel?, config)),
     }
+}
+
+/// Elements of what is kept of all chunks. Saturates, so that a product that no memory holds fits no tensor.
+pub(crate) fn states_len(cut: &ChunkCut, shape: &Shape, variant: &ChunkVariant) -> usize {
+    cut.nt.saturating_mul(shape.h).saturating_mul(variant.saved_len())
 }
 
 /// What a plan's kernels are compiled for.

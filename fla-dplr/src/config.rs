@@ -1,6 +1,6 @@
 //! Launch tables: which constants a kernel is compiled with for which shape.
 
-use fla_core::{Arch, DType, Device, Shape, StateStream, StateTile};
+use fla_core::{Arch, DType, Device, Shape, SmemLayout, StateStream, StateTile};
 
 use crate::{Decay, Transition};
 
@@ -243,7 +243,7 @@ impl Room {
 
     /// Of a launch that has work for all multiprocessors, for compiling without a device.
     pub(crate) const fn of_many_heads(arch: Arch) -> Self {
-        Self { smem_bytes: smem_bytes(arch), heads: usize::MAX, sm_count: 1 }
+        Self { smem_bytes: arch.smem_bytes(), heads: usize::MAX, sm_count: 1 }
     }
 
     /// Of a launch that has not.
@@ -447,65 +447,59 @@ impl ChunkVariant {
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn fwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
         let stage = self.stage_layout(config).finished();
-        Layout::default()
+        SmemLayout::default()
             .with_many(config.stages, stage)
             .with(self.prep_layout(config))
             .with(WORK)
             .finished()
-            .bytes
+            .bytes()
     }
 
     /// Size of the backward kernel's shared memory.
     pub(crate) fn bwd_smem_bytes(&self, config: &ChunkConfig) -> usize {
         let (bv, k) = (config.bv, self.k.next_multiple_of(16));
-        let (state, values) = (block_tile(self.parts(), bv, k), block_tile(self.parts(), bv, CHUNK));
-        let stage = Layout::default()
+        let (state, values) =
+            (SmemLayout::block_tile(self.parts(), bv, k), SmemLayout::block_tile(self.parts(), bv, CHUNK));
+        let stage = SmemLayout::default()
             .with(self.stage_layout(config).finished())
-            .with(self.token_tile(bv))
+            .with(SmemLayout::token_tile(self.dtype, bv))
             .with(values)
             .finished();
-        let scores = Layout::default().with_many(4, block_tile(2, CHUNK, CHUNK)).finished();
-        let aside = Layout { bytes: 4 * CHUNK * CHUNK, align: 16 };
+        let scores = SmemLayout::default().with_many(4, SmemLayout::block_tile(2, CHUNK, CHUNK)).finished();
         let grad_warps = config.grad_sets * config.grad_warps;
-        Layout::default()
+        SmemLayout::default()
             .with_many(config.stages, stage)
             .with(self.prep_layout(config))
-            .with_many(config.grad_sets, Layout::default().with(state).with(values).finished())
+            .with_many(config.grad_sets, SmemLayout::default().with(state).with(values).finished())
             // Gradients of scores are two by turns, and two results may be put aside.
             .with_many(2 * config.grad_sets, scores)
-            .with_many(grad_warps, block_tile(self.parts(), bv, 16))
-            .with_many(2 * grad_warps, aside)
+            .with_many(grad_warps, SmemLayout::block_tile(self.parts(), bv, 16))
+            .with_many(2 * grad_warps, SmemLayout::acc_tile())
             .with(WORK)
             .finished()
-            .bytes
+            .bytes()
     }
 
     /// `ChunkStage`: tokens, operands and decays of a chunk.
-    fn stage_layout(&self, config: &ChunkConfig) -> Layout {
+    fn stage_layout(&self, config: &ChunkConfig) -> SmemLayout {
         let k = self.k.next_multiple_of(16);
-        Layout::default()
-            .with_many(5, self.token_tile(k))
-            .with(self.token_tile(config.bv))
-            .with_many(4, block_tile(self.parts(), CHUNK, k))
-            .with_many(4, block_tile(self.parts(), CHUNK, CHUNK))
-            .with_many(2 * k, Layout { bytes: 4, align: 4 })
-            .with(Layout { bytes: 16, align: 16 })
+        SmemLayout::default()
+            .with_many(5, SmemLayout::token_tile(self.dtype, k))
+            .with(SmemLayout::token_tile(self.dtype, config.bv))
+            .with_many(4, SmemLayout::block_tile(self.parts(), CHUNK, k))
+            .with_many(4, SmemLayout::block_tile(self.parts(), CHUNK, CHUNK))
+            .with_many(2 * k, SmemLayout::new(4, 4))
+            .with(SmemLayout::new(16, 16))
     }
 
     /// `ChunkPrep`: what is prepared with, beside the stages.
-    fn prep_layout(&self, config: &ChunkConfig) -> Layout {
+    fn prep_layout(&self, config: &ChunkConfig) -> SmemLayout {
         // Rows of 16 f32 are 40 apart.
-        Layout::default()
-            .with_many(config.prep_groups, Layout { bytes: CHUNK * 40 * 4, align: 16 })
-            .with_many(3 * SUMS + PAIR_MODES, block_tile(1, CHUNK, CHUNK))
-            .with_many(5, Layout { bytes: 8, align: 8 })
+        SmemLayout::default()
+            .with_many(config.prep_groups, SmemLayout::new(CHUNK * 40 * 4, 16))
+            .with_many(3 * SUMS + PAIR_MODES, SmemLayout::block_tile(1, CHUNK, CHUNK))
+            .with_many(5, SmemLayout::new(8, 8))
             .finished()
-    }
-
-    /// `TokenTile`: 16 padded rows.
-    fn token_tile(&self, cols: usize) -> Layout {
-        let pad = if self.dtype == DType::F32 { (40 - cols % 32) % 32 } else { 8 };
-        Layout { bytes: CHUNK * (cols + pad) * self.dtype.bytes(), align: 16 }
     }
 }
 
@@ -516,49 +510,7 @@ const SUMS: usize = 6;
 const PAIR_MODES: usize = 5;
 
 /// `ChunkWork`: what a block works on.
-const WORK: Layout = Layout { bytes: 48, align: 8 };
-
-/// `BlockTile`: blocks of 8 by 8 in bf16.
-const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
-    Layout { bytes: parts * rows * cols * 2, align: 128 }
-}
-
-/// Size and alignment of a struct of shared memory, member by member as the compiler lays it out.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    bytes: usize,
-    align: usize,
-}
-
-impl Default for Layout {
-    fn default() -> Self {
-        Self { bytes: 0, align: 1 }
-    }
-}
-
-impl Layout {
-    fn with(self, member: Self) -> Self {
-        let bytes = self.bytes.next_multiple_of(member.align) + member.bytes;
-        Self { bytes, align: self.align.max(member.align) }
-    }
-
-    fn with_many(self, count: usize, member: Self) -> Self {
-        (0..count).fold(self, |all, _| all.with(member))
-    }
-
-    fn finished(self) -> Self {
-        Self { bytes: self.bytes.next_multiple_of(self.align), ..self }
-    }
-}
-
-/// Shared memory that a block can ask for, for compiling without a device.
-pub(crate) const fn smem_bytes(arch: Arch) -> usize {
-    match (arch.major(), arch.minor()) {
-        (8, 0 | 7) => 163 << 10,
-        (8, _) | (12.., _) => 99 << 10,
-        _ => 227 << 10,
-    }
-}
+const WORK: SmemLayout = SmemLayout::new(48, 8);
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 
 use fla_core::cudarc::driver::CudaSlice;
-use fla_core::{Chunks, DType, Device, Error, Grid, SeqLens, Source, Unit};
+use fla_core::{Arch, Chunks, DType, Device, Error, Grid, SeqLens, Source, Unit};
 
 use crate::Shape;
 use crate::gates::{BetaForm, BetaMap, Forms, GateForm, QkNorm};
@@ -20,7 +20,7 @@ pub(crate) const HEADERS: &[Source] = &[
 pub(crate) const FACTORS: usize = 8;
 
 /// Shared memory that a block can have on an H200, for compiling ahead.
-pub(crate) const H200_SMEM_BYTES: usize = 227 << 10;
+pub(crate) const H200_SMEM_BYTES: usize = Arch::SM_90.smem_bytes();
 
 /// Which way a pass goes: gradients can be too small for f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

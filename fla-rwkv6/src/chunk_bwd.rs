@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, RawSlice, Shape, Source, Unit,
-    Workspace, check_align, check_len,
+    Arch, ChunkCut, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, RawSlice, SavedStates,
+    Shape, Source, Unit, Workspace, check_align, check_len,
 };
 use half::{bf16, f16};
 
 use crate::chunk_fwd::{
-    ChunkCut, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADERS, HEADS, LocalStates, SavedStates,
-    check_shape, check_smem, grid, u_len, variant, with_registers,
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADERS, HEADS, LocalStates, check_shape, segments_of,
+    states_len, u_len, variant, with_registers,
 };
-use crate::config::{self, ChunkBwdConfig, ChunkVariant, Segments};
+use crate::config::{self, CHUNK, ChunkBwdConfig, ChunkVariant, Segments};
 
 const SOURCE: Source =
     Source { name: "fla/rwkv6/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -168,17 +168,17 @@ impl<T: Element> ChunkBwd<T> {
         let smem_bytes = device.smem_bytes() as usize;
         let config = variant.bwd(smem_bytes);
         let block_smem_bytes = variant.bwd_smem_bytes(&config);
-        check_smem(device, shape, block_smem_bytes)?;
-        let cut = ChunkCut::new(device, shape)?;
+        device.check_smem(shape, block_smem_bytes)?;
+        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
-        let segments = cut.segments(shape, shape.v.div_ceil(config.bv), slots);
+        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv), slots);
         tracing::debug!(?variant, ?config, ?segments, "rwkv6 chunk_bwd");
         let (mut launches, mut slices) = (Vec::new(), 1);
         for launch in (!segments.is_whole()).then_some(Launch::Segments).into_iter().chain([Launch::Main]) {
             let kernel = |config: &ChunkBwdConfig| device.kernel(&unit::<T>(&variant, config, launch));
             let (kernel, config) = with_registers(&config, kernel)?;
             slices = shape.v.div_ceil(config.bv);
-            let grid = grid(shape, slices.saturating_mul(segments.count))?;
+            let grid = Grid::of_heads(shape, slices.saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
         let recompute = match options.saved_states {
@@ -190,7 +190,7 @@ impl<T: Element> ChunkBwd<T> {
             output: device.kernel(&unit_output::<T>(slices > 1))?,
             recompute,
             local: LocalStates::new(shape, &variant, &segments),
-            states_len: cut.states_len(shape, &variant),
+            states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             segments,
@@ -464,7 +464,7 @@ enum Launch {
 }
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
-    let smem_bytes = config::smem_bytes(arch);
+    let smem_bytes = arch.smem_bytes();
     let mut out = vec![
         unit_output::<f32>(false),
         unit_output::<bf16>(false),

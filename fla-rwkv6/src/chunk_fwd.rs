@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, Chunks, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, Shape, Source, Unit,
-    Workspace, check_len,
+    Arch, ChunkCut, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, SavedStates, Shape,
+    Source, Unit, Workspace, check_len,
 };
 use half::{bf16, f16};
 
@@ -20,15 +20,6 @@ const SOURCE: Source =
     Source { name: "fla/rwkv6/chunk_fwd.cu", text: include_str!("../kernels/chunk_fwd.cu") };
 pub(crate) const HEADERS: &[Source] =
     &[Source { name: "fla/rwkv6/chunk.cuh", text: include_str!("../kernels/chunk.cuh") }];
-
-/// Whether the states at the starts of chunks go from the forward to the backward pass: memory or time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SavedStates {
-    /// They do not: the backward pass computes them once more, into its workspace.
-    Recomputed,
-    /// The forward pass writes them and the backward pass reads them.
-    Kept,
-}
 
 /// What has no safe default, and what may be changed. Both passes of a training step take the same.
 #[derive(Clone, Debug, PartialEq)]
@@ -206,25 +197,25 @@ impl<T: Element> ChunkFwd<T> {
         let smem_bytes = device.smem_bytes() as usize;
         let config = variant.fwd(writes, smem_bytes);
         let block_smem_bytes = variant.fwd_smem_bytes(&config);
-        check_smem(device, shape, block_smem_bytes)?;
-        let cut = ChunkCut::new(device, shape)?;
+        device.check_smem(shape, block_smem_bytes)?;
+        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
         // The same whatever is written, so that states have the same bits.
-        let segments = cut.segments(shape, shape.v.div_ceil(config.bv), slots);
+        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv), slots);
         tracing::debug!(?variant, ?config, ?segments, ?writes, "rwkv6 chunk_fwd");
         let of_segments = (!segments.is_whole()).then_some(ChunkFwdWrites::Segments);
         let mut launches = Vec::new();
         for writes in of_segments.into_iter().chain([writes]) {
             let kernel = |config: &ChunkFwdConfig| device.kernel(&unit::<T>(&variant, config, writes));
             let (kernel, config) = with_registers(&variant.fwd(writes, smem_bytes), kernel)?;
-            let grid = grid(shape, shape.v.div_ceil(config.bv).saturating_mul(segments.count))?;
+            let grid = Grid::of_heads(shape, shape.v.div_ceil(config.bv).saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
         Ok(Self {
             launches,
             writes,
             local: LocalStates::new(shape, &variant, &segments),
-            states_len: cut.states_len(shape, &variant),
+            states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             segments,
@@ -388,53 +379,14 @@ pub(crate) fn u_len(shape: &Shape) -> usize {
     shape.h.saturating_mul(shape.k)
 }
 
-/// What kernels have to know of chunks, on the device; nothing when sequences are dense.
-#[derive(Debug)]
-pub(crate) struct ChunkCut {
-    /// Chunks of all sequences, `NT`.
-    nt: usize,
-    /// Chunks of the longest sequence.
-    longest: usize,
-    /// Tokens before each sequence: `[N + 1]`.
-    pub(crate) cu_seqlens: Option<CudaSlice<i64>>,
-    /// Chunks before each sequence: `[N + 1]`.
-    pub(crate) chunk_offsets: Option<CudaSlice<i64>>,
+/// Elements of what is kept of all chunks. Saturates, so that a product that no memory holds fits no tensor.
+pub(crate) fn states_len(cut: &ChunkCut, shape: &Shape, variant: &ChunkVariant) -> usize {
+    cut.nt.saturating_mul(shape.h).saturating_mul(variant.saved_state_len())
 }
 
-impl ChunkCut {
-    /// Cuts every sequence into chunks, and uploads what packed ones need.
-    pub(crate) fn new(device: &Device, shape: &Shape) -> Result<Self, Error> {
-        let seqs = &shape.seqs;
-        if seqs.is_dense() {
-            let longest = seqs.t().div_ceil(CHUNK);
-            let max = i32::MAX as usize;
-            if longest > max {
-                let wanted = format!("at most {}", max * CHUNK);
-                return Err(Error::Dim { dim: "T", wanted, got: seqs.t() });
-            }
-            let nt = seqs.n().saturating_mul(longest);
-            return Ok(Self { nt, longest, cu_seqlens: None, chunk_offsets: None });
-        }
-        // Refuses lengths that only the device knows, and too long ones.
-        let chunks = Chunks::new(seqs, CHUNK)?;
-        let longest = chunks.offsets().windows(2).map(|pair| pair[1] - pair[0]).max();
-        Ok(Self {
-            nt: chunks.len(),
-            longest: longest.unwrap_or(0),
-            cu_seqlens: seqs.cu_seqlens().map(|offsets| device.upload_offsets(offsets)).transpose()?,
-            chunk_offsets: Some(device.upload_offsets(chunks.offsets())?),
-        })
-    }
-
-    /// Elements of the states at the starts of all chunks. Saturates, so that a product that no memory holds fits no tensor.
-    pub(crate) fn states_len(&self, shape: &Shape, variant: &ChunkVariant) -> usize {
-        self.nt.saturating_mul(shape.h).saturating_mul(variant.saved_state_len())
-    }
-
-    /// Where sequences are cut for a GPU that holds `slots` blocks, when V has so many slices.
-    pub(crate) fn segments(&self, shape: &Shape, slices: usize, slots: usize) -> Segments {
-        Segments::new(self.nt, self.longest, shape.h.saturating_mul(slices), slots)
-    }
+/// Where sequences are cut for a GPU that holds `slots` blocks, when V has so many slices.
+pub(crate) fn segments_of(cut: &ChunkCut, shape: &Shape, slices: usize, slots: usize) -> Segments {
+    Segments::new(cut.nt, cut.longest, shape.h.saturating_mul(slices), slots)
 }
 
 /// What segments leave to each other: a state, or its gradient, and its decay; nothing when no sequence is cut.
@@ -473,19 +425,6 @@ pub(crate) fn check_shape(shape: &Shape) -> Result<(), Error> {
     Err(Error::Dim { dim: "H", wanted: format!("at most {max} for heads of this size"), got: shape.h })
 }
 
-/// The blocks of a launch that gives so many of them to each head of each sequence; none when there is nothing to do.
-pub(crate) fn grid(shape: &Shape, blocks: usize) -> Result<Option<Grid>, Error> {
-    let states = shape.seqs.n().saturating_mul(shape.h);
-    match i32::try_from(states.saturating_mul(blocks)) {
-        Ok(0) => Ok(None),
-        Ok(all) => Ok(Some(Grid::x(all as u32))),
-        Err(_) => {
-            let wanted = format!("at most {}", i32::MAX as usize / blocks);
-            Err(Error::Dim { dim: "N * H", wanted, got: states })
-        }
-    }
-}
-
 /// The kernel of this choice, or of one that leaves more registers to a lane where the assembler asks for that.
 pub(crate) fn with_registers<K, C: ChunkChoice>(
     config: &C,
@@ -505,18 +444,6 @@ pub(crate) fn with_registers<K, C: ChunkChoice>(
     }
 }
 
-/// Refuses a head for which a block has too little shared memory, however the work is cut.
-pub(crate) fn check_smem(device: &Device, shape: &Shape, needed: usize) -> Result<(), Error> {
-    let smem_bytes = device.smem_bytes() as usize;
-    if needed <= smem_bytes {
-        return Ok(());
-    }
-    let wanted = format!(
-        "less in this type, for which a block needs {needed} bytes of shared memory and has {smem_bytes}"
-    );
-    Err(Error::Dim { dim: "K", wanted, got: shape.k })
-}
-
 /// What a plan's kernels are compiled for.
 pub(crate) fn variant<T: Element>(arch: Arch, shape: &Shape) -> ChunkVariant {
     ChunkVariant { arch, dtype: T::DTYPE, k: shape.k, v: shape.v }
@@ -526,7 +453,7 @@ pub(crate) fn variant<T: Element>(arch: Arch, shape: &Shape) -> ChunkVariant {
 pub(crate) const HEADS: [(usize, usize); 5] = [(64, 64), (128, 128), (128, 256), (60, 100), (33, 65)];
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
-    let smem_bytes = config::smem_bytes(arch);
+    let smem_bytes = arch.smem_bytes();
     let mut out = Vec::new();
     for (i, (k, v)) in HEADS.into_iter().enumerate() {
         let [output, output_and_states, states, segments] = all_units::<bf16>(arch, (k, v), smem_bytes);
@@ -618,14 +545,14 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, all_units, bf16, config, f16};
+    use super::{Arch, Element, all_units, bf16, f16};
     use crate::chunk_bwd;
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
     /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
     fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
-        let (arch, smem_bytes) = (Arch::SM_90, config::smem_bytes(Arch::SM_90));
+        let (arch, smem_bytes) = (Arch::SM_90, Arch::SM_90.smem_bytes());
         let mut failures = Vec::new();
         for head in heads {
             let mut units = all_units::<T>(arch, *head, smem_bytes).to_vec();

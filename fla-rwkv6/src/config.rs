@@ -1,6 +1,6 @@
 //! Launch tables: which constants a kernel is compiled with for which shape.
 
-use fla_core::{Arch, DType, StateTile};
+use fla_core::{Arch, DType, SmemLayout, StateTile};
 
 /// Constants of `recurrent_fwd` that are a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -323,41 +323,37 @@ impl ChunkVariant {
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn fwd_smem_bytes(&self, config: &ChunkFwdConfig) -> usize {
         let (k, _) = self.covered();
-        let operands =
-            Layout::default().with_many(2, block_tile(self.parts(), CHUNK, k)).with(channels(k)).finished();
-        Layout::default()
-            .with_many(2 * 3, self.token_tile(k))
-            .with_many(4, self.token_tile(config.bv))
+        let operands = SmemLayout::default()
+            .with_many(2, SmemLayout::block_tile(self.parts(), CHUNK, k))
+            .with(channels(k))
+            .finished();
+        SmemLayout::default()
+            .with_many(2 * 3, SmemLayout::token_tile(self.dtype, k))
+            .with_many(4, SmemLayout::token_tile(self.dtype, config.bv))
             .with_many(3, operands)
-            .with_many(2 * (k / 16) + 2, ACC_TILE)
-            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .with_many(2 * (k / 16) + 2, SmemLayout::acc_tile())
+            .with_many(SUMS, SmemLayout::block_tile(1, CHUNK, CHUNK))
             .with_many(2, channels(k))
             .finished()
-            .bytes
+            .bytes()
     }
 
     /// Size of the backward kernel's shared memory.
     pub(crate) fn bwd_smem_bytes(&self, config: &ChunkBwdConfig) -> usize {
         let (k, _) = self.covered();
-        let stage = Layout::default()
-            .with_many(3, self.token_tile(k))
-            .with_many(2, self.token_tile(config.bv))
+        let stage = SmemLayout::default()
+            .with_many(3, SmemLayout::token_tile(self.dtype, k))
+            .with_many(2, SmemLayout::token_tile(self.dtype, config.bv))
             .finished();
-        Layout::default()
+        SmemLayout::default()
             .with_many(config.stages, stage)
-            .with(Layout { bytes: 2 * self.parts() * k * config.bv * 2, align: 16 })
-            .with(block_tile(self.parts(), k, config.bv))
-            .with(block_tile(self.parts(), k, CHUNK))
-            .with_many(k / 16 + 1, ACC_TILE)
-            .with_many(SUMS, block_tile(1, CHUNK, CHUNK))
+            .with(SmemLayout::new(2 * self.parts() * k * config.bv * 2, 16))
+            .with(SmemLayout::block_tile(self.parts(), k, config.bv))
+            .with(SmemLayout::block_tile(self.parts(), k, CHUNK))
+            .with_many(k / 16 + 1, SmemLayout::acc_tile())
+            .with_many(SUMS, SmemLayout::block_tile(1, CHUNK, CHUNK))
             .finished()
-            .bytes
-    }
-
-    /// `TokenTile`: 16 padded rows.
-    fn token_tile(&self, cols: usize) -> Layout {
-        let pad = if self.dtype == DType::F32 { (40 - cols % 32) % 32 } else { 8 };
-        Layout { bytes: CHUNK * (cols + pad) * self.dtype.bytes(), align: 16 }
+            .bytes()
     }
 }
 
@@ -369,54 +365,9 @@ fn spare_blocks(warps: usize) -> u32 {
 /// Matrices that sum up log decays, `DecaySums`.
 const SUMS: usize = 6;
 
-/// `AccTile`: 16 by 16 numbers in f32.
-const ACC_TILE: Layout = Layout { bytes: CHUNK * CHUNK * 4, align: 16 };
-
 /// A number in f32 for each channel.
-const fn channels(count: usize) -> Layout {
-    Layout { bytes: count * 4, align: 16 }
-}
-
-/// `BlockTile`: blocks of 8 by 8 in bf16.
-const fn block_tile(parts: usize, rows: usize, cols: usize) -> Layout {
-    Layout { bytes: parts * rows * cols * 2, align: 128 }
-}
-
-/// Size and alignment of a struct of shared memory, member by member as the compiler lays it out.
-#[derive(Clone, Copy, Debug)]
-struct Layout {
-    bytes: usize,
-    align: usize,
-}
-
-impl Default for Layout {
-    fn default() -> Self {
-        Self { bytes: 0, align: 1 }
-    }
-}
-
-impl Layout {
-    fn with(self, member: Self) -> Self {
-        let bytes = self.bytes.next_multiple_of(member.align) + member.bytes;
-        Self { bytes, align: self.align.max(member.align) }
-    }
-
-    fn with_many(self, count: usize, member: Self) -> Self {
-        (0..count).fold(self, |all, _| all.with(member))
-    }
-
-    fn finished(self) -> Self {
-        Self { bytes: self.bytes.next_multiple_of(self.align), ..self }
-    }
-}
-
-/// Shared memory that a block can ask for, for compiling without a device.
-pub(crate) const fn smem_bytes(arch: Arch) -> usize {
-    match (arch.major(), arch.minor()) {
-        (8, 0 | 7) => 163 << 10,
-        (8, _) | (12.., _) => 99 << 10,
-        _ => 227 << 10,
-    }
+const fn channels(count: usize) -> SmemLayout {
+    SmemLayout::new(count * 4, 16)
 }
 
 /// What a multiprocessor keeps for itself of the shared memory of each block.
@@ -475,7 +426,7 @@ pub(crate) fn slots(sm_count: u32, min_blocks: u32, smem_bytes: usize, block_sme
 mod tests {
     use super::{
         ChunkBwdConfig, ChunkChoice, ChunkFwdConfig, ChunkFwdWrites, ChunkVariant, RecurrentFwdVariant,
-        Segments, slots, smem_bytes,
+        Segments, slots,
     };
     use fla_core::{Arch, DType};
 
@@ -524,7 +475,7 @@ mod tests {
                     [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
                 {
                     let variant = ChunkVariant { arch, dtype, k, v };
-                    let smem_bytes = smem_bytes(arch);
+                    let smem_bytes = arch.smem_bytes();
                     let fwd = ChunkFwdWrites::ALL.map(|writes| variant.fwd(writes, smem_bytes));
                     let bwd = variant.bwd(smem_bytes);
                     let of_fwd = fwd.map(|fwd| (fwd.bv, variant.fwd_smem_bytes(&fwd)));

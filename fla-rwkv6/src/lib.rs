@@ -8,13 +8,13 @@ mod recurrent_fwd;
 mod config;
 
 pub use fla_core::{
-    Arch, Cache, Device, Element, Error, FinalState, RawSlice, SeqLens, Shape, StateElement, StatePool,
-    check_slots, cudarc,
+    Arch, Cache, Device, Element, Error, FinalState, RawSlice, SavedStates, SeqLens, Shape, StateElement,
+    StatePool, check_slots, cudarc,
 };
 
 pub use crate::chunk_bwd::{ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkBwdResult, chunk_bwd};
 pub use crate::chunk_fwd::{
-    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, SavedStates, chunk_fwd,
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, chunk_fwd,
 };
 pub use crate::recurrent_bwd::{
     RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
