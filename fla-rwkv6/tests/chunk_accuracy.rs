@@ -94,12 +94,10 @@ fn errors_in_bf16_are_not_far_above_those_of_fla() {
             println!();
         }
     }
-    // How strong decays are judged, where FLA's figures are not at hand.
-    for gates in [Gates::Strong, Gates::Extreme, Gates::Mixed] {
-        let errors = errors(&device, &stream, &case(gates, 64));
-        print!("{:<18} {:>4}", format!("{gates:?}"), 64);
-        errors.iter().for_each(|error| print!(" {:>6.2} {:>6}", 1e3 * error, "-"));
-        println!();
-    }
+    // FLA has no figure for these; the tests of both passes judge them.
+    let errors = errors(&device, &stream, &case(Gates::Mixed, 64));
+    print!("{:<18} {:>4}", "Mixed", 64);
+    errors.iter().for_each(|error| print!(" {:>6.2} {:>6}", 1e3 * error, "-"));
+    println!();
     assert!(failures.is_empty(), "more than {BESIDE_FLA} times FLA's\n{}", failures.join("\n"));
 }
