@@ -318,8 +318,10 @@ impl ChunkVariant {
 
     /// The choice for a forward pass. A lane has 65536 / (32 * warps) registers, warps rounded up to a multiple of 4, and
     /// a warp of the state needs K / 2 of them for 16 value channels: so 16 warps up to K = 128, and 8 beyond and where an
-    /// operand has two parts. One group of warps prepares slower than the state goes on: with two, K = 128 takes 1.08 ms in
-    /// place of 1.21 (B4 T4096 H64, bf16, H200). Few heads go in halves of V, 1.48 ms for 1.68 (B1 T32768 H64 D64).
+    /// operand has two parts. One group of warps prepares slower than the state goes on: with two, K = 128 takes 1.09 ms in
+    /// place of 1.21 (B4 T4096 H64, bf16, H200). Few heads go in halves of V, 1.50 ms for 1.70 (B1 T32768 H64 D64).
+    ///
+    /// Times of both: `records/nvidia-h200/2026-11-20-dplr-chunk-choices.txt`.
     pub(crate) fn fwd(&self, room: &Room, writes: ChunkFwdWrites) -> ChunkConfig {
         let v = self.v.next_multiple_of(16);
         let base = ChunkConfig {
@@ -349,7 +351,7 @@ impl ChunkVariant {
 
     /// The choice for a backward pass: as many warps as find registers, 16 up to K = 128, 12 where an operand has two parts,
     /// and 8. Two sets of gradient warps where there is room for both; one takes 2.57 ms in place of 2.44 (B8 T4096 H64 D64,
-    /// bf16, H200). With few heads two blocks share the gradients of one: 3.56 ms for 4.24 (B1 T32768 H64 D64). Slices of V
+    /// bf16, H200). With few heads two blocks share the gradients of one: 3.71 ms for 4.24 (B1 T32768 H64 D64). Slices of V
     /// cost sums in device memory.
     pub(crate) fn bwd(&self, room: &Room) -> ChunkConfig {
         let v = self.v.next_multiple_of(16);

@@ -279,7 +279,7 @@ impl ChunkVariant {
                 ChunkFwdConfig { bv: self.bv(64), prep_warps: 4, min_blocks: 1 }
             }
             // A state of 64 registers leaves none for making operands beside it if 16 warps are to share a multiprocessor, which
-            // they do 1.2 times faster than 8; writing states takes more of them.
+            // they do in 0.61 ms where 8 take 0.75 (B4 T4096 H64 K = V = 128, H200, the same record as below); writing states takes more of them.
             65..=128 if self.parts() == 1 && self.arch == Arch::SM_90 && bv == 128 && self.is_even() => {
                 let prep_warps = if writes.states() { 4 } else { 8 };
                 ChunkFwdConfig { bv, prep_warps, min_blocks: 1 }
@@ -376,7 +376,7 @@ const RESERVED_SMEM_BYTES: usize = 1 << 10;
 /// Where long sequences are cut, so that few heads fill the GPU: segments of whole chunks, which blocks take side by side. The
 /// kernel then runs twice, first for what each segment does to a state.
 ///
-/// Microseconds in bf16 on an H200:
+/// Microseconds in bf16 on an H200, of the first kernels, which were slower (`records/nvidia-h200/2026-11-20-rwkv6-chunk-choices.txt`):
 ///
 /// | B, T, H, K = V | pass | whole | 4 segments | 8 | 16 |
 /// |---|---|---|---|---|---|
