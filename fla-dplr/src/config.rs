@@ -366,14 +366,13 @@ impl ChunkVariant {
             grad_warps: 4,
             k_splits: 1,
         };
-        // Where 16 warps find registers is the assembler's luck: what has been tried goes there, and the rest has 12; before
-        // sm_90 some bytes spill.
+        // Where 16 warps find registers is the assembler's luck: what has been tried on sm_90a goes there, and the rest has 12.
+        // Elsewhere some of these forms spill.
+        let is_tuned = self.arch.major() == 9 && self.is_copied();
         let is_plain = self.transition == Transition::General && self.decay == Decay::Log;
         let is_both = self.transition == Transition::KeyAndRate && self.decay == Decay::Logit;
         let config = match (self.parts(), self.k) {
-            (1, 33..=64)
-                if self.arch.major() >= 9 && v <= 64 && self.is_copied() && (is_plain || is_both) =>
-            {
+            (1, 33..=64) if is_tuned && v <= 64 && (is_plain || is_both) => {
                 if room.has_few_heads() {
                     ChunkConfig {
                         scale_warps: 4,
@@ -387,7 +386,7 @@ impl ChunkVariant {
                     ChunkConfig { grad_sets: 2, ..base }
                 }
             }
-            (1, 65..=128) if is_plain && self.is_copied() => base,
+            (1, 65..=128) if is_plain && is_tuned => base,
             (1, ..=128) => ChunkConfig { bv: v.min(64), ..base },
             (2, ..=64) if self.is_copied() => ChunkConfig { bv: v.min(64), ..base },
             _ => ChunkConfig { bv: v.min(32), grad_warps: 2, ..base },
