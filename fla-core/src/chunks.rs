@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use crate::{Device, Error, SeqLens};
+use crate::{Device, Error, SeqLens, Shape};
 
 /// Chunks of `C` tokens, restarted at every sequence; the last of a sequence may be short.
 ///
@@ -126,9 +126,76 @@ impl ChunkCut {
     }
 }
 
+/// The heads of a pass in equal shares, one after the other: what one of its kernels leaves for the next has to hold one
+/// share, and not all heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShares {
+    /// Heads of a share, of every sequence.
+    pub heads: usize,
+    /// Shares.
+    pub count: usize,
+}
+
+impl HeadShares {
+    /// All heads at once.
+    #[must_use]
+    pub const fn whole(h: usize) -> Self {
+        Self { heads: h, count: 1 }
+    }
+
+    /// The most shares that leave no multiprocessor idle longer, where a head of a sequence takes `blocks` blocks and
+    /// `resident` blocks run at a time: shares together take as many turns of the device as all heads at once. Lengths of
+    /// packed sequences differ, and it takes a few turns until that evens out.
+    #[must_use]
+    pub fn most(shape: &Shape, blocks: usize, resident: usize) -> Self {
+        const TURNS_OF_PACKED: usize = 4;
+        let turns = |heads: usize| {
+            let all = shape.seqs.n().saturating_mul(heads).saturating_mul(blocks);
+            all.div_ceil(resident.max(1))
+        };
+        let (h, least) = (shape.h, if shape.seqs.is_dense() { 1 } else { TURNS_OF_PACKED });
+        let is_free = |count: usize| {
+            let of_share = turns(h / count);
+            of_share >= least && count.saturating_mul(of_share) <= turns(h)
+        };
+        let count = (2..=h).rev().find(|&count| h.is_multiple_of(count) && is_free(count)).unwrap_or(1);
+        Self { heads: h / count, count }
+    }
+
+    /// The first head of each share.
+    pub fn firsts(&self) -> impl Iterator<Item = usize> + use<> {
+        let heads = self.heads;
+        (0..self.count).map(move |i| i * heads)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Chunks, SeqLens};
+    use super::{Chunks, HeadShares, SeqLens, Shape};
+
+    #[test]
+    fn shares_leave_no_multiprocessor_idle() {
+        let count = |seqs: SeqLens, h, blocks| {
+            let shares = HeadShares::most(&Shape { seqs, h, k: 64, v: 64 }, blocks, 132);
+            assert_eq!(shares.firsts().count(), shares.count);
+            assert_eq!(shares.heads * shares.count, h);
+            shares.count
+        };
+        // 512 blocks take four turns, and so do four times 128.
+        assert_eq!(count(SeqLens::dense(8, 4096), 64, 1), 4);
+        assert_eq!(count(SeqLens::dense(4, 4096), 64, 1), 2);
+        // 140 blocks take two turns: halves of 70 would too, sevenths would not.
+        assert_eq!(count(SeqLens::dense(10, 4096), 14, 1), 2);
+        // One turn is one turn.
+        assert_eq!(count(SeqLens::dense(1, 32768), 64, 2), 1);
+        assert_eq!(count(SeqLens::dense(0, 16), 64, 1), 1);
+        let packed = |n: usize| {
+            let offsets: Vec<usize> = (0..=n).collect();
+            SeqLens::packed(&offsets, n).expect("valid")
+        };
+        assert_eq!(count(packed(8), 64, 1), 1);
+        assert_eq!(count(packed(132), 64, 1), 16);
+    }
 
     #[test]
     fn chunks_restart_at_every_sequence() {

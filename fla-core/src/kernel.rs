@@ -101,6 +101,17 @@ impl<P: Params> Kernel<P> {
         Ok(u32::try_from(registers).unwrap_or(0))
     }
 
+    /// Blocks that run on one multiprocessor at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Driver`].
+    pub fn blocks_per_sm(&self) -> Result<u32, Error> {
+        self.function
+            .occupancy_max_active_blocks_per_multiprocessor(self.threads, self.smem_bytes as usize, None)
+            .map_err(|error| Error::driver("a query of occupancy", error))
+    }
+
     /// Queues a launch on `stream`.
     ///
     /// `bind` builds the parameters; the tensors that it names stay borrowed, and their reads and writes are

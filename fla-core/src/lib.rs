@@ -31,7 +31,7 @@ pub use cudarc;
 
 pub use crate::arch::Arch;
 pub use crate::cache::Cache;
-pub use crate::chunks::{ChunkCut, Chunks};
+pub use crate::chunks::{ChunkCut, Chunks, HeadShares};
 pub use crate::cublas::{Cublas, Factor, Product};
 pub use crate::device::Device;
 pub use crate::dtype::{DType, Element};

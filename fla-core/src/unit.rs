@@ -77,6 +77,7 @@ pub struct Unit {
     threads: u32,
     min_blocks: u32,
     smem_bytes: u32,
+    spill_limit: u32,
     constants: Vec<(&'static str, Constant)>,
 }
 
@@ -100,6 +101,7 @@ impl Unit {
             threads,
             min_blocks: 1,
             smem_bytes: 0,
+            spill_limit: 0,
             constants: Vec::new(),
         }
     }
@@ -131,6 +133,20 @@ impl Unit {
     pub const fn with_smem_bytes(mut self, bytes: u32) -> Self {
         self.smem_bytes = bytes;
         self
+    }
+
+    /// Lets the assembler spill this many bytes for a thread, where a kernel that does is better than none; no byte unless
+    /// changed.
+    #[must_use]
+    pub const fn with_spill_limit(mut self, bytes: u32) -> Self {
+        self.spill_limit = bytes;
+        self
+    }
+
+    /// Bytes that the assembler may spill for a thread.
+    #[must_use]
+    pub const fn spill_limit(&self) -> u32 {
+        self.spill_limit
     }
 
     /// Name of the entry in the cubin, as profilers show it: the crate and the stem of the source, which ends in an

@@ -43,7 +43,7 @@ struct ChunkBwdParams {
     const Element* a;            // [B, T, H, K]  reads the state; or a key
     const Element* b;            // [B, T, H, K]  writes what a has read; or the rate of the key
     const Element* g;            // [B, T, H, K]  log decay, natural base, at most 0; or RWKV-7's raw w
-    const u16* states;           // [NT, H, V * (K + C) * PARTS]  `SavedChunk`s
+    const u16* states;           // [NT, heads, V * (K + C) * PARTS]  `SavedChunk`s
     const Element* d_o;          // [B, T, H, V]
     const float* d_final_state;  // [N, H, K, V]  null: zero
     const i64* cu_seqlens;       // [N + 1]       null: N dense sequences of t tokens
@@ -60,6 +60,8 @@ struct ChunkBwdParams {
     i64 t;
     i64 partial_len;             // B T H K
     i32 h;
+    i32 first_h;  // the launch takes heads first_h .. first_h + heads of every sequence
+    i32 heads;
     float scale;
 };
 
@@ -442,7 +444,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     const int i_warp = threadIdx.x / 32;
     const i32 stride_k = p.h * K, stride_v = p.h * V;  // 16 rows of them are less than 2^31 elements
     const Chunks& chunks = work.chunks;
-    const auto* saved = reinterpret_cast<const SavedChunk<Cfg>*>(p.states) + (work.first_chunk * p.h + work.i_h);
+    const auto* saved = reinterpret_cast<const SavedChunk<Cfg>*>(p.states);
 
     if (i_warp < HEAD) {
         const i64 at_v = (work.bos * p.h + work.i_h) * V + work.v0;
@@ -451,7 +453,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             load_k_tokens(stage, s.prep, i_chunk * (C * i64(stride_k)), stride_k, rows);
             load_tokens<V, 32>(stage.v, p.v + v0, stride_v, rows, V - work.v0, lane_id());
             load_tokens<V, 32>(stage.d_o, p.d_o + v0, stride_v, rows, V - work.v0, lane_id());
-            load_image<32>(stage.u, saved[i64(i_chunk) * p.h].u, work.v0, lane_id());
+            load_image<32>(stage.u, saved[work.i_saved + i64(i_chunk) * p.heads].u, work.v0, lane_id());
         };
         prepare_chunks<Cfg, true, STATE_WARPS, CONSUMERS>(s.stages, s.prep, chunks, p.scale, load);
         return;
@@ -462,7 +464,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
         const int first = i_split * BLOCK_SLICES<Cfg> + i_side, end = min((i_split + 1) * BLOCK_SLICES<Cfg>, KP<Cfg> / 16);
         const auto fetch = [&](int i, int i_slice) {
             if (i < chunks.count && i_slice < end) {
-                fetch_slice<Cfg>(s.slices[i_grad], saved[i64(chunks.count - 1 - i) * p.h], work.v0, i_slice);
+                fetch_slice<Cfg>(s.slices[i_grad], saved[work.i_saved + i64(chunks.count - 1 - i) * p.heads], work.v0, i_slice);
             }
             cp_async_commit_group();
         };

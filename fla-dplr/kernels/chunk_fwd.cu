@@ -38,10 +38,12 @@ struct ChunkFwdParams {
     const i64* chunk_offsets;    // [N + 1]       chunks before each sequence; null: dense
     Element* o;                  // [B, T, H, V]  unused without OUTPUT
     float* final_state;          // [N, H, K, V]  null: not wanted
-    u16* states;                 // [NT, H, V * (K + C) * PARTS]  `SavedChunk`s, with KEEP_STATES
+    u16* states;                 // [NT, heads, V * (K + C) * PARTS]  `SavedChunk`s, with KEEP_STATES
     i64 n;
     i64 t;
     i32 h;
+    i32 first_h;  // the launch takes heads first_h .. first_h + heads of every sequence
+    i32 heads;
     float scale;
 };
 
@@ -74,7 +76,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
     constexpr int K = Cfg::K, V = Cfg::V, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
     constexpr int CONSUMERS = BV / Cfg::STATE_ROWS, M = Cfg::STATE_ROWS / 16, HEAD = PREP_WARPS<Cfg>;
-    constexpr bool HOLDS = P * KP<Cfg> <= 64;
+    constexpr bool HOLDS = P * KP<Cfg> <= 64, IS_TIGHT = P * KP<Cfg> > 256;
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdShared<Cfg>*>(s_bytes);
     const ChunkWork<Cfg>& work = s.work;
@@ -105,11 +107,13 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     if (p.initial_state != nullptr) {
         for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { x = p.initial_state[at_state() + i]; });
     }
-    auto* saved = reinterpret_cast<SavedChunk<Cfg>*>(p.states) + (work.first_chunk * p.h + work.i_h);
+    auto* saved = reinterpret_cast<SavedChunk<Cfg>*>(p.states) + work.i_saved;
     for (int i = 0; i < work.chunks.count; ++i) {
         const ChunkStage<Cfg>& stage = s.stages[i % STAGES];
         bar_sync(FULL<Cfg> + i % TURNS<Cfg>, 32 * (GROUP_WARPS<Cfg> + CONSUMERS));
-        const FragB<P> ak = load_b_transposed(stage.ak, 0, 0), t = load_b_transposed(stage.t, 0, 0);
+        const FragB<P> ak = load_b_transposed(stage.ak, 0, 0);
+        FragB<P> t;
+        if constexpr (!IS_TIGHT) t = load_b_transposed(stage.t, 0, 0);
         // (4) to (6), transposed: channels are rows and tokens are columns. The state as it is read stays as long as there are
         // registers for it, so that outputs are work for the time that a product of the chain takes.
         Acc16 u[M], o[M];
@@ -144,6 +148,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             #pragma unroll
             for (int m = 0; m < M; ++m) mma(r_state[m][j], v[m], kk);
         }
+        if constexpr (IS_TIGHT) t = load_b_transposed(stage.t, 0, 0);
         FragA<P> r_u[M];
         #pragma unroll
         for (int m = 0; m < M; ++m) {
@@ -190,7 +195,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             #pragma unroll
             for (int m = 0; m < M; ++m) store_rows<V>(dst, stride_v, o[m], v0 + 16 * m, work.chunks.rows(i));
         }
-        if constexpr (Cfg::KEEP_STATES) saved += p.h;
+        if constexpr (Cfg::KEEP_STATES) saved += p.heads;
     }
     if (p.final_state != nullptr) {
         for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { p.final_state[at_state() + i] = x; });

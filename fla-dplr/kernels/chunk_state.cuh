@@ -14,7 +14,8 @@ namespace fla::dplr {
 // What a block works on.
 template <class Cfg>
 struct ChunkWork {
-    i64 i_n, i_h, bos, first_chunk;
+    i64 i_n, i_h, bos;
+    i64 i_saved;  // of the sequence's first chunk; those of the next are p.heads further
     int v0;
     Chunks chunks;
 
@@ -23,12 +24,13 @@ struct ChunkWork {
         constexpr int SLICES = ceil_div(Cfg::V, Cfg::BV);
         v0 = i_block % SLICES * Cfg::BV;
         const i64 i_nh = i_block / SLICES;
-        i_n = i_nh / p.h;
-        i_h = i_nh % p.h;
+        i_n = i_nh / p.heads;
+        i_h = p.first_h + i_nh % p.heads;
         const Sequence seq = sequence_of(p.cu_seqlens, i_n, p.t);
         bos = seq.bos;
         chunks = Chunks(seq.eos - seq.bos);
-        first_chunk = p.chunk_offsets == nullptr ? i_n * chunks.count : p.chunk_offsets[i_n];
+        const i64 first_chunk = p.chunk_offsets == nullptr ? i_n * chunks.count : p.chunk_offsets[i_n];
+        i_saved = first_chunk * p.heads + i_nh % p.heads;
     }
 };
 

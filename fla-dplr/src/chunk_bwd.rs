@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, ChunkCut, Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, SavedStates, Shape,
-    Source, Unit, Workspace, check_align, check_len,
+    Arch, ChunkCut, Device, Element, Error, Field, Grid, HeadShares, Kernel, Params, Ptr, PtrMut,
+    SavedStates, Shape, Source, Unit, Workspace, check_align, check_len,
 };
 use half::{bf16, f16};
 
 use crate::chunk_fwd::{
-    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, MAX_V, is_plain, kernel_that_fits, max_k, states_len, variant,
-    variants, with_constants,
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, MAX_K, MAX_V, SPILL_LIMIT, is_plain, kernel_that_fits,
+    of_share, states_len, variant, variants, with_constants,
 };
 use crate::config::{CHUNK, ChunkConfig, ChunkVariant, Room};
 
@@ -23,6 +23,10 @@ const SOURCE_OUTPUT: Source =
 
 /// Gradients over K, which are added up over the slices of V: of q, k, a, b and g.
 const K_GRADS: usize = 5;
+
+/// Elements of what is kept of chunks from which heads go in shares, one after the other: below 64 MiB memory is no matter, and
+/// a share is two launches more.
+const LARGE_STATES: usize = 32 << 20;
 
 /// Threads of the kernel that adds them up; each has one element.
 const OUTPUT_THREADS: usize = 256;
@@ -144,6 +148,8 @@ pub struct ChunkBwd<T> {
     recompute: Option<ChunkFwd<T>>,
     shape: Shape,
     cut: ChunkCut,
+    /// Heads of a launch, and the elements of what is kept of their chunks.
+    shares: HeadShares,
     states_len: usize,
     slices: usize,
     scale: f32,
@@ -164,7 +170,7 @@ impl<T: Element> ChunkBwd<T> {
     ///
     /// As [`ChunkFwd::new`].
     pub fn new(device: &Device, shape: &Shape, options: &ChunkFwdOptions) -> Result<Self, Error> {
-        shape.check(max_k::<T>(), MAX_V)?;
+        shape.check(MAX_K, MAX_V)?;
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape, options);
         let room = Room::new(device, shape);
@@ -173,19 +179,29 @@ impl<T: Element> ChunkBwd<T> {
         let (kernel, config) = kernel_that_fits(device, configs, |config| unit::<T>(&variant, config))?;
         let slices = variant.slices(&config);
         tracing::debug!(?variant, ?config, "dplr chunk_bwd");
-        let grid = Grid::of_heads(shape, slices * config.k_splits)?;
         let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
+        let blocks = slices * config.k_splits;
+        let whole = HeadShares::whole(shape.h);
+        let is_large = states_len(&cut, &whole, &variant) > LARGE_STATES;
+        let shares = if options.saved_states == SavedStates::Recomputed && is_large {
+            let resident = kernel.blocks_per_sm()? as usize * device.sm_count() as usize;
+            HeadShares::most(shape, blocks, resident)
+        } else {
+            whole
+        };
+        let grid = Grid::of_heads(&of_share(shape, &shares), blocks)?;
         let recompute = match options.saved_states {
-            SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options)?),
+            SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options, shares)?),
             SavedStates::Kept => None,
         };
         Ok(Self {
             kernel,
             output: (slices > 1).then(|| device.kernel(&unit_output::<T>())).transpose()?,
             recompute,
-            states_len: states_len(&cut, shape, &variant),
+            states_len: states_len(&cut, &shares, &variant),
             shape: shape.clone(),
             cut,
+            shares,
             slices,
             scale,
             grid,
@@ -242,38 +258,42 @@ impl<T: Element> ChunkBwd<T> {
             // Later launches bind these, when the first has been queued.
             check_aligned(stream, x, dx)?;
         }
-        if let Some(forward) = &self.recompute {
-            forward.run_states(stream, &forward_inputs(x), &mut recomputed)?;
+        for first_h in self.shares.firsts() {
+            if let Some(forward) = &self.recompute {
+                forward.run_states(stream, &forward_inputs(x), &mut recomputed, first_h)?;
+            }
+            let states: &dyn DevicePtr<u16> = x.states.unwrap_or(&recomputed);
+            let Shape { seqs, h, .. } = &self.shape;
+            self.kernel.launch(stream, grid, |bind| ChunkBwdParams {
+                q: bind.read("q", x.q),
+                k: bind.read("k", x.k),
+                v: bind.read("v", x.v),
+                a: bind.read("a", x.a),
+                b: bind.read("b", x.b),
+                g: bind.read("g", x.g),
+                states: bind.read("states", states),
+                d_o: bind.read("d_o", x.d_o),
+                d_final_state: bind.read_opt("d_final_state", x.d_final_state),
+                cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
+                chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
+                dq: bind.write("dq", &mut *dx.dq),
+                dk: bind.write("dk", &mut *dx.dk),
+                dv: bind.write("dv", &mut *dx.dv),
+                da: bind.write("da", &mut *dx.da),
+                db: bind.write("db", &mut *dx.db),
+                dg: bind.write("dg", &mut *dx.dg),
+                d_initial_state: bind.write_opt("d_initial_state", dx.d_initial_state.as_deref_mut()),
+                partial: bind.write_opt("workspace", self.output.is_some().then_some(&mut partial)),
+                n: seqs.n() as i64,
+                t: seqs.t() as i64,
+                partial_len: k_len as i64,
+                // `new` has checked that H fits.
+                h: *h as i32,
+                first_h: first_h as i32,
+                heads: self.shares.heads as i32,
+                scale: self.scale,
+            })?;
         }
-        let states: &dyn DevicePtr<u16> = x.states.unwrap_or(&recomputed);
-        let Shape { seqs, h, .. } = &self.shape;
-        self.kernel.launch(stream, grid, |bind| ChunkBwdParams {
-            q: bind.read("q", x.q),
-            k: bind.read("k", x.k),
-            v: bind.read("v", x.v),
-            a: bind.read("a", x.a),
-            b: bind.read("b", x.b),
-            g: bind.read("g", x.g),
-            states: bind.read("states", states),
-            d_o: bind.read("d_o", x.d_o),
-            d_final_state: bind.read_opt("d_final_state", x.d_final_state),
-            cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
-            chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
-            dq: bind.write("dq", &mut *dx.dq),
-            dk: bind.write("dk", &mut *dx.dk),
-            dv: bind.write("dv", &mut *dx.dv),
-            da: bind.write("da", &mut *dx.da),
-            db: bind.write("db", &mut *dx.db),
-            dg: bind.write("dg", &mut *dx.dg),
-            d_initial_state: bind.write_opt("d_initial_state", dx.d_initial_state.as_deref_mut()),
-            partial: bind.write_opt("workspace", self.output.is_some().then_some(&mut partial)),
-            n: seqs.n() as i64,
-            t: seqs.t() as i64,
-            partial_len: k_len as i64,
-            // `new` has checked that H fits.
-            h: *h as i32,
-            scale: self.scale,
-        })?;
         let Some(output) = &self.output else { return Ok(()) };
         let grid = match u32::try_from(k_len.div_ceil(OUTPUT_THREADS)) {
             Ok(0) => return Ok(()),
@@ -426,6 +446,7 @@ pub(crate) fn any_unit<T: Element>(variant: &ChunkVariant, room: &Room) -> Unit 
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
     let unit = Unit::new::<ChunkBwdParams<T>>("dplr", "chunk_bwd", SOURCE, config.threads())
         .with_smem_bytes(variant.bwd_smem_bytes(config) as u32);
+    let unit = if variant.is_tight() { unit.with_spill_limit(SPILL_LIMIT) } else { unit };
     with_constants::<T>(unit, variant, config)
         .with("GRAD_SETS", config.grad_sets as i32)
         .with("GRAD_WARPS", config.grad_warps as i32)
@@ -465,6 +486,8 @@ struct ChunkBwdParams<T> {
     t: i64,
     partial_len: i64,
     h: i32,
+    first_h: i32,
+    heads: i32,
     scale: f32,
 }
 
@@ -495,6 +518,8 @@ unsafe impl<T: Element> Params for ChunkBwdParams<T> {
         Field::new("t", "fla::i64", offset_of!(Self, t)),
         Field::new("partial_len", "fla::i64", offset_of!(Self, partial_len)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
+        Field::new("first_h", "fla::i32", offset_of!(Self, first_h)),
+        Field::new("heads", "fla::i32", offset_of!(Self, heads)),
         Field::new("scale", "float", offset_of!(Self, scale)),
     ];
 }

@@ -300,6 +300,11 @@ impl ChunkVariant {
         if self.dtype == DType::Bf16 { 1 } else { 2 }
     }
 
+    /// Whether a chunk has the shared memory alone, and the state half of the registers.
+    pub(crate) fn is_tight(&self) -> bool {
+        self.parts() == 2 && self.k > 128
+    }
+
     /// Numbers that are kept of a chunk: its state, K by V, and u, CHUNK by V, all rounded up to whole tiles.
     pub(crate) fn saved_len(&self) -> usize {
         self.parts() * (self.k.next_multiple_of(16) + CHUNK) * self.v.next_multiple_of(16)
@@ -344,6 +349,7 @@ impl ChunkVariant {
                 ChunkConfig { bv: v.min(128), prep_groups: 2, ..base }
             }
             (1, ..=128) => ChunkConfig { bv: v.min(128), ..base },
+            _ if self.is_tight() => ChunkConfig { stages: 1, ..base },
             _ => base,
         };
         self.fitted(config, room.smem_bytes, Self::fwd_smem_bytes)
@@ -389,6 +395,7 @@ impl ChunkVariant {
             (1, 65..=128) if is_plain && is_tuned => base,
             (1, ..=128) => ChunkConfig { bv: v.min(64), ..base },
             (2, ..=64) if self.is_copied() => ChunkConfig { bv: v.min(64), ..base },
+            _ if self.is_tight() => ChunkConfig { bv: v.min(32), stages: 1, grad_warps: 2, ..base },
             _ => ChunkConfig { bv: v.min(32), grad_warps: 2, ..base },
         };
         self.fitted(config, room.smem_bytes, Self::bwd_smem_bytes)

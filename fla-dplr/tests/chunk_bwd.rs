@@ -15,8 +15,7 @@ use fla_reference::inputs::Storage;
 use fla_reference::tolerance::{Class, Pass};
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, GRADS, Judge, MAX_K_OF_TWO_PARTS, Problem, any_case, compile_ahead, regimes,
-    to_device, widened,
+    BASE, Bits, CASES, Case, GRADS, Judge, Problem, any_case, compile_ahead, regimes, to_device, widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -111,23 +110,8 @@ fn check<T: Poison + Storage>(device: &Device, stream: &Arc<CudaStream>, case: &
 
 fn check_all_dtypes(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> Result<(), String> {
     check::<bf16>(device, stream, case).map_err(|error| format!("bf16: {error}"))?;
-    if case.k > MAX_K_OF_TWO_PARTS {
-        refused::<f32>(device, case)?;
-        return refused::<f16>(device, case);
-    }
     check::<f32>(device, stream, case).map_err(|error| format!("f32: {error}"))?;
     check::<f16>(device, stream, case).map_err(|error| format!("f16: {error}"))
-}
-
-/// Types whose operands have two parts take less of K, and say so.
-fn refused<T: Poison>(device: &Device, case: &Case) -> Result<(), String> {
-    let plan = ChunkBwd::<T>::new(device, &case.shape(), &case.options(SavedStates::Recomputed));
-    let wanted = format!("K must be from 1 to {MAX_K_OF_TWO_PARTS}, but is {}", case.k);
-    match plan {
-        Err(error @ Error::Dim { .. }) if error.to_string().contains(&wanted) => Ok(()),
-        Err(error) => Err(format!("wanted an error about K, got: {error}")),
-        Ok(_) => Err("wanted an error about K, got a plan".into()),
-    }
 }
 
 #[test]
@@ -226,6 +210,30 @@ fn the_one_call_forms_and_captured_graphs_give_the_plans_bits() {
             .expect("captures");
         replay.time(2);
         assert_eq!(same_bits("dg", &want.over_tokens[5], &read(&dx.dg)), Ok(()), "{saved_states:?}");
+    }
+}
+
+#[test]
+fn heads_that_go_in_shares_give_the_same_bits() {
+    let Some((device, stream)) = gpu("heads_that_go_in_shares_give_the_same_bits") else { return };
+    let sm_count = device.sm_count() as usize;
+    // Enough chunks that their memory counts, and enough heads that several turns of the device are several shares.
+    let tokens = |heads: usize| 16 * (64 << 20) / ((64 + 16) * 64 * 2 * heads) + 16;
+    let lens: Vec<usize> = (0..2 * sm_count).map(|i| i * 37 % 160).collect();
+    assert!(lens.iter().sum::<usize>() > tokens(8), "packed sequences are too short for shares");
+    for case in [
+        Case { name: "dense", b: sm_count, t: tokens(4 * sm_count), h: 4, ..BASE },
+        Case { name: "packed", packed: lens.leak(), h: 8, ..BASE },
+    ] {
+        let plan =
+            |saved| ChunkBwd::<bf16>::new(&device, &case.shape(), &case.options(saved)).expect("valid");
+        let (bytes, kept) =
+            (plan(SavedStates::Recomputed).workspace_bytes(), 2 * plan(SavedStates::Kept).states_len());
+        assert!(bytes <= kept / 2, "{}: {bytes} bytes of {kept} are no share", case.name);
+        let problem = Problem::new::<bf16>(&case);
+        let [recomputed, kept] = [SavedStates::Recomputed, SavedStates::Kept]
+            .map(|saved| run::<bf16>(&device, &stream, &case, &problem, saved).expect("runs"));
+        assert_eq!(recomputed.same_as(&kept), Ok(()), "{}", case.name);
     }
 }
 

@@ -74,9 +74,6 @@ const NO_STATES: Case = Case { initial_state: false, final_state: false, ..BASE 
 const KEY_AND_RATE: Case = Case { transition: Transition::KeyAndRate, ..BASE };
 const LOGIT: Case = Case { decay: Decay::Logit, ..BASE };
 
-/// The widest K in f32 and f16.
-pub(crate) const MAX_K_OF_TWO_PARTS: usize = 128;
-
 /// Lengths around chunks; packed sequences; heads around tiles and slices; every form and regime.
 pub(crate) const CASES: &[Case] = &[
     Case { name: "one token", t: 1, ..BASE },
