@@ -35,6 +35,13 @@ template <class Cfg>
     requires(Cfg::STATES_PASS)
 inline constexpr bool STATES_PASS<Cfg> = true;
 
+// Whether states in memory are [V, K] and not [K, V]: `Cfg::VALUE_MAJOR`, no unless the kernel says so.
+template <class Cfg>
+inline constexpr bool VALUE_MAJOR = false;
+template <class Cfg>
+    requires(Cfg::VALUE_MAJOR)
+inline constexpr bool VALUE_MAJOR<Cfg> = true;
+
 // How the lanes of a warp share a part of a state [K, V]: LANES_V of them side by side over V, each with COLS columns, which
 // are 16 bytes of state; 32 / LANES_V over K, each with BK rows.
 template <class Cfg>
@@ -48,6 +55,8 @@ struct Lanes {
     static constexpr int K_ACCESS = access_elems<Element>(K);
     static constexpr int BK = ceil_div(ceil_div(K, LANES_K), K_ACCESS) * K_ACCESS;  // rows of a lane
     static constexpr int STATE_ACCESS = access_elems<State>(V);
+    // Of a column of a state [V, K].
+    static constexpr int COLUMN_ACCESS = min(access_elems<State>(K), K_ACCESS);
     // Accesses of a vector over V, of which a lane has COLS elements.
     template <class T>
     static constexpr int V_ACCESS = min(access_elems<T>(V), COLS);
@@ -85,6 +94,10 @@ struct Lanes {
 
     // This lane's part of a state; zeros from null.
     __device__ void load_state(float (&r_state)[BK][COLS], const State* src) const {
+        if constexpr (VALUE_MAJOR<Cfg>) {
+            load_columns(r_state, src);
+            return;
+        }
         if constexpr (STATES_PASS<Cfg>) {
             load_passing(r_state, src);
             return;
@@ -105,6 +118,10 @@ struct Lanes {
     }
 
     __device__ void store_state(State* dst, const float (&r_state)[BK][COLS]) const {
+        if constexpr (VALUE_MAJOR<Cfg>) {
+            store_columns(dst, r_state);
+            return;
+        }
         if constexpr (STATES_PASS<Cfg>) {
             store_passing(dst, r_state);
             return;
@@ -118,6 +135,34 @@ struct Lanes {
                 #pragma unroll
                 for (int c = 0; c < STATE_ACCESS; ++c) piece.at[c] = from_f32<State>(r_state[i][j + c]);
                 if (i < rows && j < cols) store<STATE_ACCESS>(own + i * V + j, piece);
+            }
+        }
+    }
+
+    // The same from and to a state [V, K], where a lane's rows of a column lie side by side.
+    __device__ void load_columns(float (&r_state)[BK][COLS], const State* src) const {
+        const State* own = src + i64(col0) * K + row0;
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) {
+            #pragma unroll
+            for (int i = 0; i < BK; i += COLUMN_ACCESS) {
+                Vec<State, COLUMN_ACCESS> piece = {};
+                if (src != nullptr && i < rows && c < cols) piece = load_stream<COLUMN_ACCESS>(own + c * K + i);
+                #pragma unroll
+                for (int r = 0; r < COLUMN_ACCESS; ++r) r_state[i + r][c] = to_f32(piece.at[r]);
+            }
+        }
+    }
+    __device__ void store_columns(State* dst, const float (&r_state)[BK][COLS]) const {
+        State* own = dst + i64(col0) * K + row0;
+        #pragma unroll
+        for (int c = 0; c < COLS; ++c) {
+            #pragma unroll
+            for (int i = 0; i < BK; i += COLUMN_ACCESS) {
+                Vec<State, COLUMN_ACCESS> piece;
+                #pragma unroll
+                for (int r = 0; r < COLUMN_ACCESS; ++r) piece.at[r] = from_f32<State>(r_state[i + r][c]);
+                if (i < rows && c < cols) store<COLUMN_ACCESS>(own + c * K + i, piece);
             }
         }
     }

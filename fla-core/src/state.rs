@@ -86,15 +86,20 @@ pub enum StateDims {
     Matrix,
     /// A matrix for each value head: `[HV, K, V]`.
     ValueHeads,
+    /// The same by columns: `[HV, V, K]`.
+    ValueHeadsByColumn,
     /// Three numbers for each channel: `[3, 1, C]`.
     Channels,
 }
 
 impl StateDims {
-    const fn whole(self) -> &'static str {
+    /// The dims of the states of all sequences, as errors name them.
+    #[must_use]
+    pub const fn whole(self) -> &'static str {
         match self {
             Self::Matrix => "[N, H, K, V]",
             Self::ValueHeads => "[N, HV, K, V]",
+            Self::ValueHeadsByColumn => "[N, HV, V, K]",
             Self::Channels => "[N, 3, 1, C]",
         }
     }
@@ -103,6 +108,7 @@ impl StateDims {
         match self {
             Self::Matrix => "[S, H, K, V]",
             Self::ValueHeads => "[S, HV, K, V]",
+            Self::ValueHeadsByColumn => "[S, HV, V, K]",
             Self::Channels => "[S, 3, 1, C]",
         }
     }
@@ -111,6 +117,7 @@ impl StateDims {
         match self {
             Self::Matrix => "[B, T, H, K, V]",
             Self::ValueHeads => "[B, T, HV, K, V]",
+            Self::ValueHeadsByColumn => "[B, T, HV, V, K]",
             Self::Channels => "[B, T, 3, 1, C]",
         }
     }

@@ -137,12 +137,18 @@ __device__ void sum_over_k(RegTile<16, C>& r, Maybe<Exchange<WARPS, C>, (WK > 1)
     }
 }
 
-// A slice of a state, rows i_v .. of S^T, from or to [K, V] in f32.
-template <int K, int V, int KW>
+// Where row k and column v of a state lie at the border: [K, V], or with VALUE_MAJOR [V, K].
+template <class Cfg>
+__device__ i64 state_place(int k, int v) {
+    return Cfg::VALUE_MAJOR ? i64(v) * Cfg::K + k : i64(k) * Cfg::V + v;
+}
+
+// A slice of a state, rows i_v .. of S^T, from or to f32 at the border.
+template <class Cfg, int KW>
 __device__ void load_state(RegTile<16, KW>& r, const float* state, int i_v, int i_k) {
     for_each(r, [=](int row, int col, float& x) {
         const int v = i_v + row, k = i_k + col;
-        x = state != nullptr && v < V && k < K ? state[i64(k) * V + v] : 0.0f;
+        x = state != nullptr && v < Cfg::V && k < Cfg::K ? state[state_place<Cfg>(k, v)] : 0.0f;
     });
 }
 
@@ -152,11 +158,11 @@ __device__ void load_state_rows(RegTile<16, KW>& r, const float* state, int rows
     for_each(r, [=](int row, int col, float& x) { x = row < rows ? state[i64(row) * KW + col] : 0.0f; });
 }
 
-template <int K, int V, int KW>
+template <class Cfg, int KW>
 __device__ void store_state(float* state, RegTile<16, KW>& r, int i_v, int i_k) {
     for_each(r, [=](int row, int col, float& x) {
         const int v = i_v + row, k = i_k + col;
-        if (v < V && k < K) state[i64(k) * V + v] = x;
+        if (v < Cfg::V && k < Cfg::K) state[state_place<Cfg>(k, v)] = x;
     });
 }
 

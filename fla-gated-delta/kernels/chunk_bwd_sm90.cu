@@ -47,9 +47,9 @@ struct ChunkBwdParams {
     const Element* beta;          // [B, T, HV]       as given
     const float* factors;         // [NT, HV, 8, C]
     const i64* segments;          // [NS, 6]
-    const float* d_final_state;   // [N, HV, K, V]    null: zero
+    const float* d_final_state;   // [N, HV, K, V]    or [N, HV, V, K]; null: zero
     const float* d_ends;          // [NS, HV, V, K]   gradients of states after segments; null where no sequence is cut
-    float* d_initial_state;       // [N, HV, K, V]    null: not wanted
+    float* d_initial_state;       // the same         null: not wanted
     Element* dq;                  // [B, T, H, K]
     Element* dk;                  // [B, T, H, K]
     Element* dv;                  // [B, T, HV, V]
@@ -66,6 +66,7 @@ concept ChunkBwdConfig = ChunkTiles<Cfg> && requires {
     Cfg::SIGMOID_BETA;  // strengths are logits
     Cfg::TWICE_BETA;    // strengths are doubled after that
     Cfg::NORMALISE_QK;  // q and k are divided by their lengths
+    Cfg::VALUE_MAJOR;   // states at the border are [V, K]
 };
 
 // Sums along the rows of a chunk.
@@ -631,7 +632,7 @@ __device__ void consume(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cf
     if (p.d_ends != nullptr) {
         load_state_rows(r_state, p.d_ends + (i64(blockIdx.x) * V + i_v_start) * K, V);
     } else {
-        load_state<K, V>(r_state, p.d_final_state == nullptr ? nullptr : state_at(p.d_final_state), i_v_start, 0);
+        load_state<Cfg>(r_state, p.d_final_state == nullptr ? nullptr : state_at(p.d_final_state), i_v_start, 0);
     }
     for (int i_step = 0; i_step < walk.chunks; ++i_step) {
         // Both are said to be the same in all lanes, so that descriptors and branches are.
@@ -750,7 +751,7 @@ __device__ void consume(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cf
     }
     if (p.d_initial_state != nullptr) {
         const Segment& segment = reinterpret_cast<const Segment*>(p.segments)[fresh(blockIdx.x) / u32(p.hv)];
-        if (segment.before == 0) store_state<K, V>(state_at(p.d_initial_state), r_state, (fresh(threadIdx.x) - WARPGROUP) / 32 * 16, 0);
+        if (segment.before == 0) store_state<Cfg>(state_at(p.d_initial_state), r_state, (fresh(threadIdx.x) - WARPGROUP) / 32 * 16, 0);
     }
 }
 

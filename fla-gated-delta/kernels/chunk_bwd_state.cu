@@ -30,8 +30,8 @@ struct ChunkBwdStateParams {
     const Work* scores;          // [NT, HV, C, C]  P
     const float* factors;        // [NT, HV, 8, C]
     const i64* segments;         // [NS, 6]
-    const float* d_final_state;  // [N, HV, K, V]   null: zero
-    float* d_initial_state;      // [N, HV, K, V]   null: not wanted
+    const float* d_final_state;  // [N, HV, K, V]   or [N, HV, V, K]; null: zero
+    float* d_initial_state;      // the same        null: not wanted
     Work* d_states;              // [NT, HV, V, K]  padded to multiples of 32 and 64; of the state after each chunk
     Work* dx;                    // [NT, HV, V, C]  padded
     const float* maps;           // [NS, HV, V + K, K]  padded; null where no sequence is cut
@@ -44,12 +44,13 @@ struct ChunkBwdStateParams {
 
 template <class Cfg>
 concept ChunkBwdStateConfig = ChunkTiles<Cfg> && requires {
-    Cfg::WARPS_V;  // warps side by side over V, each with 16 columns of the state
-    Cfg::WARPS_K;  // warps that share them, each with a part of K
-    Cfg::STAGES;   // chunks that are in shared memory or on their way there
-    Cfg::MAPS;     // maps of segments are wanted, and nothing else
-    Cfg::SPLIT;    // sequences are cut into segments
-    Cfg::ENDS;     // gradients of states after segments are wanted, and nothing else
+    Cfg::WARPS_V;      // warps side by side over V, each with 16 columns of the state
+    Cfg::WARPS_K;      // warps that share them, each with a part of K
+    Cfg::STAGES;       // chunks that are in shared memory or on their way there
+    Cfg::MAPS;         // maps of segments are wanted, and nothing else
+    Cfg::SPLIT;        // sequences are cut into segments
+    Cfg::ENDS;         // gradients of states after segments are wanted, and nothing else
+    Cfg::VALUE_MAJOR;  // states at the border are [V, K]
 };
 
 template <ChunkBwdStateConfig Cfg>
@@ -136,10 +137,10 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         const float* growth = p.factors + (tile * FACTORS + GROWTH) * C;
         const int count = chunks_to_walk<C>(s.count, growth, i64(p.hv) * (FACTORS * C), chunks, true);
         const bool walks_all = count > chunks;
-        load_state<K, V>(r_state, walks_all && segment.after == 0 ? d_final_state : nullptr, i_v, i_k);
+        load_state<Cfg>(r_state, walks_all && segment.after == 0 ? d_final_state : nullptr, i_v, i_k);
         chunks = min(chunks, count);
     } else {
-        load_state<K, V>(r_state, d_final_state, i_v, i_k);
+        load_state<Cfg>(r_state, d_final_state, i_v, i_k);
         if constexpr (Cfg::SPLIT) {
             // The segments after this one from the first that keeps nothing back, or from the last.
             constexpr i64 MAP = i64(MAP_ROWS<Cfg>) * PADDED_K<Cfg>, D_MAP = i64(PADDED_V<Cfg>) * PADDED_K<Cfg>;
@@ -250,7 +251,7 @@ __device__ void chunk_bwd_state(const ChunkBwdStateParams<typename Cfg::Element,
         const i64 map = (i64(i_segment) * p.hv + slice.i_hv) * PADDED_V<Cfg> + i_v;
         store_result<true>(p.d_maps + map * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, PADDED_V<Cfg> - i_v, PADDED_K<Cfg>);
     } else if (p.d_initial_state != nullptr && segment.before == 0) {
-        store_state<K, V>(p.d_initial_state + state, r_state, i_v, i_k);
+        store_state<Cfg>(p.d_initial_state + state, r_state, i_v, i_k);
     }
 }
 

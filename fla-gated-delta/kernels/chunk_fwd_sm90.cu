@@ -40,9 +40,9 @@ struct ChunkFwdParams {
     const float* dt_bias;        // [HV]             null: zero
     const Element* beta;         // [B, T, HV]
     const i64* segments;         // [NS, 6]
-    const float* initial_state;  // [N, HV, K, V]    null: zero
+    const float* initial_state;  // [N, HV, K, V]    or [N, HV, V, K]; null: zero
     Element* o;                  // [B, T, HV, V]
-    float* final_state;          // [N, HV, K, V]    null: not wanted
+    float* final_state;          // the same         null: not wanted
     Work* states;                // [NT, HV, V, K]   padded to multiples of 32 and 64; the state before each chunk
     Work* written;               // [NT, HV, V, C]   padded; V'
     Work* inverse;               // [NT, HV, C, C]   T; null, as the two that follow: not wanted
@@ -65,6 +65,7 @@ concept ChunkFwdConfig = ChunkTiles<Cfg> && requires {
     Cfg::STAGES;        // chunks that are in shared memory or on their way there
     Cfg::OUTPUT;        // outputs are wanted
     Cfg::KEEP;          // states, V', T, P and factors are wanted
+    Cfg::VALUE_MAJOR;   // states at the border are [V, K]
 };
 
 template <ChunkFwdConfig Cfg>
@@ -329,7 +330,7 @@ __device__ void scan(
     RegTile<16, KP> r_state;  // [16, K] of S^T
     const Segment& segment = reinterpret_cast<const Segment*>(p.segments)[slice.i_segment];
     const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
-    load_state<K, V>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, 0);
+    load_state<Cfg>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, 0);
     RingPlace<STAGES> at;
     for (int i_c = 0; i_c < slice.chunks; ++i_c, at.next()) {
         const ChunkFwdStage<Cfg>& stage = s.stages[at.stage];
@@ -406,7 +407,7 @@ __device__ void scan(
         mbarrier_arrive(s.ring.free[at.stage]);
     }
     if (p.final_state != nullptr && segment.after == 0) {
-        store_state<K, V>(p.final_state + state, r_state, i_v, 0);
+        store_state<Cfg>(p.final_state + state, r_state, i_v, 0);
     }
 }
 

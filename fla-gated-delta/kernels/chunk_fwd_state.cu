@@ -32,9 +32,9 @@ struct ChunkFwdStateParams {
     const Work* scores;          // [NT, HV, C, C]  P
     const float* factors;        // [NT, HV, 8, C]
     const i64* segments;         // [NS, 6]
-    const float* initial_state;  // [N, HV, K, V]   null: zero
+    const float* initial_state;  // [N, HV, K, V]   or [N, HV, V, K]; null: zero
     Element* o;                  // [B, T, HV, V]
-    float* final_state;          // [N, HV, K, V]   null: not wanted
+    float* final_state;          // the same        null: not wanted
     Work* states;                // [NT, HV, V, K]  padded to multiples of 32 and 64; the state before each chunk
     Work* written;               // [NT, HV, V, C]  padded; V'
     float* maps;                 // [NS, HV, V + K, K]  padded; null where no sequence is cut
@@ -45,13 +45,14 @@ struct ChunkFwdStateParams {
 
 template <class Cfg>
 concept ChunkFwdStateConfig = ChunkTiles<Cfg> && requires {
-    Cfg::WARPS_V;  // warps side by side over V, each with 16 columns of the state
-    Cfg::WARPS_K;  // warps that share them, each with a part of K
-    Cfg::STAGES;   // chunks that are in shared memory or on their way there
-    Cfg::OUTPUT;   // outputs are wanted
-    Cfg::KEEP;     // states and V' are wanted
-    Cfg::MAPS;     // maps of segments are wanted, and nothing else
-    Cfg::SPLIT;    // sequences are cut into segments
+    Cfg::WARPS_V;      // warps side by side over V, each with 16 columns of the state
+    Cfg::WARPS_K;      // warps that share them, each with a part of K
+    Cfg::STAGES;       // chunks that are in shared memory or on their way there
+    Cfg::OUTPUT;       // outputs are wanted
+    Cfg::KEEP;         // states and V' are wanted
+    Cfg::MAPS;         // maps of segments are wanted, and nothing else
+    Cfg::SPLIT;        // sequences are cut into segments
+    Cfg::VALUE_MAJOR;  // states at the border are [V, K]
 };
 
 template <ChunkFwdStateConfig Cfg>
@@ -147,10 +148,10 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
         for_each(r_state, [=](int row, int col, float& x) { x = i_v + row == PADDED_V<Cfg> + col ? 1.0f : 0.0f; });
         if (!of_unit) zero(r_state);
         if (!of_unit && segment.before == 0 && start == 0 && p.initial_state != nullptr) {
-            load_state<K, V>(r_state, p.initial_state + state, i_v, i_k);
+            load_state<Cfg>(r_state, p.initial_state + state, i_v, i_k);
         }
     } else {
-        load_state<K, V>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, i_k);
+        load_state<Cfg>(r_state, p.initial_state == nullptr ? nullptr : p.initial_state + state, i_v, i_k);
         if constexpr (Cfg::SPLIT) {
             // The segments before this one from the last that keeps nothing on, or from the first.
             constexpr i64 MAP = i64(MAP_ROWS<Cfg>) * PADDED_K<Cfg>;
@@ -249,7 +250,7 @@ __device__ void chunk_fwd_state(const ChunkFwdStateParams<typename Cfg::Element,
         const int rows = (of_unit ? MAP_ROWS<Cfg> : PADDED_V<Cfg>) - i_v;
         store_result<true>(p.maps + map * PADDED_K<Cfg>, PADDED_K<Cfg>, r_state, rows, PADDED_K<Cfg>);
     } else if (p.final_state != nullptr && segment.after == 0) {
-        store_state<K, V>(p.final_state + state, r_state, i_v, i_k);
+        store_state<Cfg>(p.final_state + state, r_state, i_v, i_k);
     }
 }
 

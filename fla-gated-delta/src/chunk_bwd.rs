@@ -20,9 +20,9 @@ use crate::chunk_fwd_sm90::{ChunkFwdWhole, WholeConfig, WholeKept, WholeTargets,
 use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, OutputConfig, Scan, ScanConfig, grid, too_large,
 };
-use crate::gates::{Beta, Forms, Gate, GateForm};
+use crate::gates::{Beta, Forms, Gate, GateForm, StateLayout};
 use crate::recurrent_bwd::{GateGrads, GateOfLogits, check_gate_grads};
-use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V};
+use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V, VALUE_MAJOR};
 
 const SOURCE_STATE: Source = Source {
     name: "fla/gated_delta/chunk_bwd_state.cu",
@@ -47,11 +47,11 @@ pub struct ChunkBwdInputs<'a, T> {
     pub g: Gate<'a, T>,
     /// Write strength.
     pub beta: Beta<'a, T>,
-    /// State that the forward pass has started from, or zero when absent: `[N, HV, K, V]`.
+    /// State that the forward pass has started from, or zero when absent: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub initial_state: Option<&'a dyn DevicePtr<f32>>,
     /// Gradient of the outputs: `[B, T, HV, V]`.
     pub d_o: &'a dyn DevicePtr<T>,
-    /// Gradient of the final state, or zero when absent: `[N, HV, K, V]`.
+    /// Gradient of the final state, or zero when absent: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub d_final_state: Option<&'a dyn DevicePtr<f32>>,
 }
 
@@ -68,7 +68,7 @@ pub struct ChunkBwdOutputs<'a, T> {
     pub dg: GateGrads<'a, T>,
     /// Gradient of `beta`, there when that is: `[B, T, HV]`.
     pub dbeta: Option<&'a mut dyn DevicePtrMut<T>>,
-    /// Gradient of the initial state, when wanted: `[N, HV, K, V]`.
+    /// Gradient of the initial state, when wanted: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub d_initial_state: Option<&'a mut dyn DevicePtrMut<f32>>,
 }
 
@@ -91,7 +91,7 @@ pub struct ChunkBwdResult<T> {
     pub d_dt_bias: Option<CudaSlice<f32>>,
     /// Gradient of `beta`: `[B, T, HV]`.
     pub dbeta: Option<CudaSlice<T>>,
-    /// Gradient of the initial state: `[N, HV, K, V]`.
+    /// Gradient of the initial state: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub d_initial_state: CudaSlice<f32>,
 }
 
@@ -124,7 +124,8 @@ pub struct ChunkBwdResult<T> {
 /// | `dbeta` (out)                    | `[B, T, HV]`    | `T`   | where there is one                            |
 /// | `d_initial_state` (out)          | `[N, HV, K, V]` | f32   | optional                                      |
 ///
-/// Nothing of the forward pass has to be kept.
+/// Nothing of the forward pass has to be kept. With [`StateLayout::ValueMajor`] the initial state and the gradients of both
+/// states are `[N, HV, V, K]`.
 ///
 /// # Numerics
 ///
@@ -185,7 +186,7 @@ impl<T: Element> ChunkBwd<T> {
             .ok_or_else(|| too_large(shape, smem_bytes))?;
         let heads = tables.segments_len.saturating_mul(shape.hv);
         tracing::debug!(?output, ?forms, "gated_delta chunk_bwd");
-        let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted));
+        let kernel = |wanted| device.kernel(&bwd_state_unit::<T>(&tiles, &scan, wanted, forms.state_layout));
         // A block for each multiprocessor, which takes chunks in turn.
         let items = tables.chunks_len.saturating_mul(shape.h);
         grid("NT", tables.chunks_len, shape.h)?;
@@ -207,7 +208,10 @@ impl<T: Element> ChunkBwd<T> {
                 threads.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)))
             });
             let forward = (!forward_is_whole).then(|| {
-                threads.spawn(|| ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, Scan::States))
+                threads.spawn(|| {
+                    let wanted = (Scan::States, forms.state_layout);
+                    ChunkFwdState::new(device, shape, (&tiles, &scan), &tables, wanted)
+                })
             });
             let whole = forward_is_whole.then(|| {
                 threads.spawn(|| {
@@ -462,7 +466,7 @@ impl<T: Element> ChunkBwd<T> {
             ("d_final_state", x.d_final_state.map(|s| s.len())),
             ("d_initial_state", dx.d_initial_state.as_ref().map(|s| s.len())),
         ] {
-            check_len(name, "[N, HV, K, V]", state_len, len.unwrap_or(state_len))?;
+            check_len(name, self.forms.state_layout.dims().whole(), state_len, len.unwrap_or(state_len))?;
         }
         check_aligns(stream, &forward)?;
         check_align("d_o", x.d_o.device_ptr(stream).0)?;
@@ -572,6 +576,7 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     }
     let tiles = ChunkTiles::new(bf16::DTYPE, 128, 128, Direction::Backward);
     out.extend(output_units::<bf16>(&tiles, &FORMS[1]));
+    out.extend(walk_units::<bf16>(128, 128, &VALUE_MAJOR, arch));
     out.extend(any_units::<f32>(128, 128, &FORMS[0], arch));
     out.extend(any_units::<f16>(128, 128, &FORMS[0], arch));
     out
@@ -580,19 +585,26 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 /// Every kernel that a plan for heads of K by V may choose on an H200, and no forward pass has.
 fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Backward);
-    let mut out = Vec::new();
-    for config in ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES) {
-        out.push(state_unit::<T>(&tiles, &config, Scan::States));
-        out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Gradients));
-        if config.segment.is_some() {
-            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::GradientMaps));
-            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Ends));
-        }
-    }
+    let mut out = walk_units::<T>(k, v, forms, arch);
     if tiles != ChunkTiles::new(T::DTYPE, k, v, Direction::Forward) {
         out.push(intra_unit::<T>(&tiles, forms, arch));
     }
     out.extend(output_units::<T>(&tiles, forms));
+    out
+}
+
+/// Those of them that touch states.
+fn walk_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
+    let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Backward);
+    let (mut out, layout) = (Vec::new(), forms.state_layout);
+    for config in ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES) {
+        out.push(state_unit::<T>(&tiles, &config, Scan::States, layout));
+        out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Gradients, layout));
+        if config.segment.is_some() {
+            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::GradientMaps, layout));
+            out.push(bwd_state_unit::<T>(&tiles, &config, Scan::Ends, layout));
+        }
+    }
     out.extend(whole_units::<T>(&tiles, forms, true, arch));
     if ChunkBwdWhole::<T>::is_for_heads(&tiles, arch) {
         out.push(whole_unit::<T>(&tiles, forms));
@@ -607,10 +619,18 @@ fn output_units<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Vec<Unit> {
     configs.map(|config| output_unit::<T>(tiles, &config, forms)).collect()
 }
 
-fn bwd_state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, scan: Scan) -> Unit {
+fn bwd_state_unit<T: Element>(
+    tiles: &ChunkTiles,
+    config: &ScanConfig,
+    scan: Scan,
+    layout: StateLayout,
+) -> Unit {
     let unit =
         Unit::new::<ChunkBwdStateParams<T>>("gated_delta", "chunk_bwd_state", SOURCE_STATE, config.threads());
-    config.with_config(tiles.with_tiles(unit), tiles, scan).with("ENDS", scan == Scan::Ends)
+    config
+        .with_config(tiles.with_tiles(unit), tiles, scan)
+        .with("ENDS", scan == Scan::Ends)
+        .with("VALUE_MAJOR", layout == StateLayout::ValueMajor)
 }
 
 fn output_unit<T: Element>(tiles: &ChunkTiles, config: &OutputConfig, forms: &Forms) -> Unit {
@@ -725,14 +745,17 @@ unsafe impl<T: Element> Params for ChunkBwdOutputParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, FORMS, any_units, bf16, f16};
+    use super::{Arch, Element, FORMS, VALUE_MAJOR, any_units, bf16, f16, walk_units};
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
     fn failures<T: Element>() -> Vec<String> {
         // Rows that are read in vectors and rows that are not, wide and narrow; and the layer's form of what has one.
         let heads = [(128, 128), (256, 512), (33, 65)];
-        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90));
+        let units = heads.iter().flat_map(|(k, v)| {
+            let units = any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90);
+            units.into_iter().chain(walk_units::<T>(*k, *v, &VALUE_MAJOR, Arch::SM_90))
+        });
         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|error| error.to_string()).collect()
     }
 

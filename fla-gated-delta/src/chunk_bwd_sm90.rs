@@ -154,7 +154,9 @@ impl<T: Element> ChunkBwdWhole<T> {
 
 pub(crate) fn whole_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Unit {
     let unit = Unit::new::<ChunkBwdParams<T>>("gated_delta", "chunk_bwd", SOURCE, THREADS);
-    chunk_tiles::with_forms(tiles.with_tiles(unit), forms).with_smem_bytes(smem_bytes(tiles) as u32)
+    chunk_tiles::with_forms(tiles.with_tiles(unit), forms)
+        .with_smem_bytes(smem_bytes(tiles) as u32)
+        .with("VALUE_MAJOR", forms.is_value_major())
 }
 
 /// Twin of `fla::gated_delta::ChunkBwdParams`.

@@ -16,8 +16,10 @@ use crate::chunk_tiles::{
     self, ChunkTables, ChunkTiles, Direction, FACTORS, Scan, ScanConfig, check_forms, grid, intra_smem_bytes,
     too_large,
 };
-use crate::gates::{Beta, BetaForm, BetaMap, ChannelGates, Forms, Gate, GateForm, GateTensors, QkNorm};
-use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V};
+use crate::gates::{
+    Beta, BetaForm, BetaMap, ChannelGates, Forms, Gate, GateForm, GateTensors, QkNorm, StateLayout,
+};
+use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V, VALUE_MAJOR};
 
 const SOURCE_INTRA: Source = Source {
     name: "fla/gated_delta/chunk_fwd_intra.cu",
@@ -42,6 +44,8 @@ pub struct ChunkFwdOptions {
     pub beta_map: BetaMap,
     /// What is done to queries and keys first; [`QkNorm::AsGiven`] unless changed.
     pub qk_norm: QkNorm,
+    /// How states of the caller lie, gradients of states too; [`StateLayout::KeyMajor`] unless changed.
+    pub state_layout: StateLayout,
 }
 
 impl ChunkFwdOptions {
@@ -54,6 +58,7 @@ impl ChunkFwdOptions {
             beta: BetaForm::PerHead,
             beta_map: BetaMap::AsGiven,
             qk_norm: QkNorm::AsGiven,
+            state_layout: StateLayout::KeyMajor,
         }
     }
 
@@ -85,13 +90,21 @@ impl ChunkFwdOptions {
         self
     }
 
+    /// Changes how states of the caller lie.
+    #[must_use]
+    pub const fn with_state_layout(mut self, state_layout: StateLayout) -> Self {
+        self.state_layout = state_layout;
+        self
+    }
+
     /// The factor of the output and everything that is compiled in, checked.
     pub(crate) fn checked(&self) -> Result<(f32, Forms), Error> {
-        let Self { scale, gate, beta, beta_map, qk_norm } = *self;
+        let Self { scale, gate, beta, beta_map, qk_norm, state_layout } = *self;
         if !scale.is_finite() {
             return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
         }
-        let forms = Forms { gate, channel_gates: ChannelGates::None, beta, beta_map, qk_norm };
+        let channel_gates = ChannelGates::None;
+        let forms = Forms { gate, channel_gates, beta, beta_map, qk_norm, state_layout };
         check_forms(&forms)?;
         Ok((scale, forms))
     }
@@ -111,7 +124,7 @@ pub struct ChunkFwdInputs<'a, T> {
     pub g: Gate<'a, T>,
     /// Write strength.
     pub beta: Beta<'a, T>,
-    /// State before the first token of each sequence, or zero when absent: `[N, HV, K, V]`.
+    /// State before the first token of each sequence, or zero when absent: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub initial_state: Option<&'a dyn DevicePtr<f32>>,
 }
 
@@ -120,7 +133,7 @@ pub struct ChunkFwdInputs<'a, T> {
 pub struct ChunkFwdOutputs<'a, T> {
     /// Outputs: `[B, T, HV, V]`.
     pub o: &'a mut dyn DevicePtrMut<T>,
-    /// State after the last token of each sequence, when wanted: `[N, HV, K, V]`.
+    /// State after the last token of each sequence, when wanted: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub final_state: Option<&'a mut dyn DevicePtrMut<f32>>,
 }
 
@@ -129,7 +142,7 @@ pub struct ChunkFwdOutputs<'a, T> {
 pub struct ChunkFwdResult<T> {
     /// Outputs: `[B, T, HV, V]`.
     pub o: CudaSlice<T>,
-    /// State after the last token of each sequence: `[N, HV, K, V]`.
+    /// State after the last token of each sequence: `[N, HV, K, V]`, or as [`StateLayout`] says.
     pub final_state: CudaSlice<f32>,
 }
 
@@ -159,7 +172,8 @@ pub struct ChunkFwdResult<T> {
 /// | `final_state` (out)  | `[N, HV, K, V]` | f32   | optional                                            |
 ///
 /// `T` is f32, bf16 or f16; K is at most 256 and V at most 512, any size, and HV a multiple of H. Lengths have to be known
-/// to the host; a sequence without tokens hands its state through.
+/// to the host; a sequence without tokens hands its state through. With [`StateLayout::ValueMajor`] both states are
+/// `[N, HV, V, K]`, and nothing else changes.
 ///
 /// # Numerics
 ///
@@ -215,7 +229,8 @@ impl<T: Element> ChunkFwd<T> {
                 // Both compile at once where there is a processor for each.
                 let intra =
                     scope.spawn(|| ChunkFwdIntra::new(device, shape, &tiles, &tables, (scale, &forms)));
-                let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, Scan::Outputs);
+                let scan = (Scan::Outputs, forms.state_layout);
+                let state = ChunkFwdState::new(device, shape, (&tiles, &config), &tables, scan);
                 (joined(intra), state)
             });
             Passes::Stages(Box::new((intra?, state?)))
@@ -254,7 +269,7 @@ impl<T: Element> ChunkFwd<T> {
         check_inputs(shape, &self.forms, x)?;
         check_len("o", "[B, T, HV, V]", shape.v_len(), y.o.len())?;
         if let Some(state) = &y.final_state {
-            check_len("final_state", "[N, HV, K, V]", shape.state_len(), state.len())?;
+            check_len("final_state", self.forms.state_layout.dims().whole(), shape.state_len(), state.len())?;
         }
         check_aligns(stream, x)?;
         align_of("o", stream, &mut *y.o)?;
@@ -324,7 +339,7 @@ pub(crate) fn check_inputs<T: Element>(
     check_len("v", "[B, T, HV, V]", shape.v_len(), x.v.len())?;
     GateTensors { g: x.g, gk: None, gv: None, beta: x.beta }.check(forms, shape)?;
     if let Some(state) = x.initial_state {
-        check_len("initial_state", "[N, HV, K, V]", shape.state_len(), state.len())?;
+        check_len("initial_state", forms.state_layout.dims().whole(), shape.state_len(), state.len())?;
     }
     Ok(())
 }
@@ -484,12 +499,12 @@ impl<T: Element> ChunkFwdState<T> {
         shape: &Shape,
         (tiles, config): (&ChunkTiles, &ScanConfig),
         tables: &ChunkTables,
-        scan: Scan,
+        (scan, layout): (Scan, StateLayout),
     ) -> Result<Self, Error> {
         let heads = tables.segments_len.saturating_mul(shape.hv);
         let kernel = |scan: Scan| -> Result<_, Error> {
             let grid = grid("N * HV", heads, config.blocks(tiles, scan))?;
-            Ok((device.kernel(&state_unit::<T>(tiles, config, scan))?, grid))
+            Ok((device.kernel(&state_unit::<T>(tiles, config, scan, layout))?, grid))
         };
         let (maps, main) = std::thread::scope(|threads| {
             let maps = config.segment.map(|_| threads.spawn(|| kernel(Scan::Maps)));
@@ -565,6 +580,7 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
         let tiles = ChunkTiles::new(DType::Bf16, k, v, Direction::Forward);
         out.push(intra_unit::<bf16>(&tiles, &FORMS[1], arch));
     }
+    out.extend(walk_units::<bf16>(128, 128, &VALUE_MAJOR, arch));
     out.extend(any_units::<f32>(128, 128, &FORMS[0], arch));
     out.extend(any_units::<f16>(128, 128, &FORMS[0], arch));
     out
@@ -573,13 +589,21 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
 /// Every kernel that a plan for heads of K by V may choose on an H200.
 fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
     let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Forward);
+    let mut out = walk_units::<T>(k, v, forms, arch);
+    out.push(intra_unit::<T>(&tiles, forms, arch));
+    out
+}
+
+/// Those of them that touch states.
+fn walk_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<Unit> {
+    let tiles = ChunkTiles::new(T::DTYPE, k, v, Direction::Forward);
     let scans = ScanConfig::all_split(&tiles, chunk_tiles::H200_SMEM_BYTES).flat_map(|config| {
         let scans =
             if config.segment.is_some() { &[Scan::Outputs, Scan::Maps][..] } else { &[Scan::Outputs] };
-        scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan))
+        scans.iter().map(move |scan| state_unit::<T>(&tiles, &config, *scan, forms.state_layout))
     });
     let whole = whole_units::<T>(&tiles, forms, false, arch);
-    scans.chain([intra_unit::<T>(&tiles, forms, arch)]).chain(whole).collect()
+    scans.chain(whole).collect()
 }
 
 pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, arch: Arch) -> Unit {
@@ -592,13 +616,19 @@ pub(crate) fn intra_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, arch: Ar
         .with_smem_bytes(intra_smem_bytes(tiles) as u32)
 }
 
-pub(crate) fn state_unit<T: Element>(tiles: &ChunkTiles, config: &ScanConfig, scan: Scan) -> Unit {
+pub(crate) fn state_unit<T: Element>(
+    tiles: &ChunkTiles,
+    config: &ScanConfig,
+    scan: Scan,
+    layout: StateLayout,
+) -> Unit {
     let unit =
         Unit::new::<ChunkFwdStateParams<T>>("gated_delta", "chunk_fwd_state", SOURCE_STATE, config.threads());
     config
         .with_config(tiles.with_tiles(unit), tiles, scan)
         .with("OUTPUT", scan == Scan::Outputs)
         .with("KEEP", scan == Scan::States)
+        .with("VALUE_MAJOR", layout == StateLayout::ValueMajor)
 }
 
 /// Twin of `fla::gated_delta::ChunkFwdIntraParams`.
@@ -689,14 +719,17 @@ unsafe impl<T: Element> Params for ChunkFwdStateParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, FORMS, any_units, bf16, f16};
+    use super::{Arch, Element, FORMS, VALUE_MAJOR, any_units, bf16, f16, walk_units};
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
     fn failures<T: Element>() -> Vec<String> {
         // Rows that are read in vectors and rows that are not, wide and narrow; and the layer's form of what has one.
         let heads = [(128, 128), (256, 512), (33, 65)];
-        let units = heads.iter().flat_map(|(k, v)| any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90));
+        let units = heads.iter().flat_map(|(k, v)| {
+            let units = any_units::<T>(*k, *v, &FORMS[1], Arch::SM_90);
+            units.into_iter().chain(walk_units::<T>(*k, *v, &VALUE_MAJOR, Arch::SM_90))
+        });
         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|error| error.to_string()).collect()
     }
 

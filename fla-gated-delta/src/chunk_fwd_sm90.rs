@@ -179,6 +179,7 @@ pub(crate) fn whole_unit<T: Element>(
         .with("STAGES", config.stages as i32)
         .with("OUTPUT", !keeps)
         .with("KEEP", keeps)
+        .with("VALUE_MAJOR", forms.is_value_major())
 }
 
 /// Every kernel that a plan for these heads may choose.

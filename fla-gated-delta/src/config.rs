@@ -82,6 +82,7 @@ impl RecurrentFwdVariant {
         let is_per_head = channel_gates == ChannelGates::None && beta != BetaForm::PerChannel;
         let is_for_all = self.forms.is_plain() && (self.k == 64 || self.k == 256);
         self.one_token
+            && !self.forms.is_value_major()
             && self.dtype != DType::F32
             && self.k == self.v
             && (is_for_all || (is_per_head && self.k == 128))
@@ -115,7 +116,7 @@ impl RecurrentFwdVariant {
         let prefetch = !self.one_token && rows == Rows::Few;
         // Beside many rows only the plain operator has the registers. It gains: 275 us against 277 at B = 256 and 35.9
         // against 36.9 at B = 32 (f32), 19.9 against 22.8 at B = 32 (bf16), K = V = 128, H = 32, on an H200.
-        let states_pass = rows != Rows::Many || self.forms.is_plain();
+        let states_pass = (rows != Rows::Many || self.forms.is_plain()) && !self.forms.is_value_major();
         RecurrentFwdConfig { lanes_v, warps, prefetch, states_pass }
     }
 }
@@ -138,7 +139,9 @@ impl RecurrentFwdStream {
 
     /// The choice for sequences of `t` tokens, where the device and the shape allow it.
     pub(crate) fn new(variant: &RecurrentFwdVariant, t: usize, smem_bytes: usize) -> Option<Self> {
-        if !variant.arch.has_tma() || !(1..=Self::MAX_TOKENS).contains(&t) {
+        // Copies bring rows of states [K, V].
+        let is_possible = variant.arch.has_tma() && !variant.forms.is_value_major();
+        if !is_possible || !(1..=Self::MAX_TOKENS).contains(&t) {
             return None;
         }
         let tokens = t.next_power_of_two();
@@ -195,7 +198,7 @@ fn vector_bytes(variant: &RecurrentFwdVariant, tokens: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::{RecurrentFwdStream, RecurrentFwdVariant};
-    use crate::gates::{BetaForm, BetaMap, ChannelGates, Forms, GateForm, QkNorm};
+    use crate::gates::{BetaForm, BetaMap, ChannelGates, Forms, GateForm, QkNorm, StateLayout};
     use fla_core::{Arch, DType};
 
     const BASE: RecurrentFwdVariant = RecurrentFwdVariant {
@@ -211,6 +214,7 @@ mod tests {
             beta: BetaForm::PerHead,
             beta_map: BetaMap::AsGiven,
             qk_norm: QkNorm::AsGiven,
+            state_layout: StateLayout::KeyMajor,
         },
     };
 
@@ -224,10 +228,13 @@ mod tests {
     fn every_choice_of_a_plan_can_be_compiled_ahead() {
         for k in [1, 7, 32, 60, 64, 100, 128, 200, 256] {
             for one_token in [true, false] {
+                let forms = Forms { state_layout: StateLayout::ValueMajor, ..BASE.forms };
                 let variant = RecurrentFwdVariant { k, one_token, ..BASE };
-                for states in [1, 100, 1000, 10_000, 100_000, usize::MAX] {
-                    let config = variant.choose(states, 132);
-                    assert!(variant.all().any(|other| other == config), "K = {k}: {config:?}");
+                for variant in [variant, RecurrentFwdVariant { forms, ..variant }] {
+                    for states in [1, 100, 1000, 10_000, 100_000, usize::MAX] {
+                        let config = variant.choose(states, 132);
+                        assert!(variant.all().any(|other| other == config), "K = {k}: {config:?}");
+                    }
                 }
             }
         }
@@ -242,5 +249,8 @@ mod tests {
         for (k, v, t) in [(64, 64, 9), (64, 64, 0), (60, 60, 2), (256, 256, 2), (1, 1, 1)] {
             assert_eq!(stream(k, v, t), None, "{k} {v} {t}");
         }
+        let forms = Forms { state_layout: StateLayout::ValueMajor, ..BASE.forms };
+        let by_columns = RecurrentFwdVariant { forms, ..BASE };
+        assert_eq!(RecurrentFwdStream::new(&by_columns, 4, 227 << 10), None);
     }
 }

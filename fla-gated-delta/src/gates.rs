@@ -1,7 +1,7 @@
 //! Where decays and write strengths come from: tensors of a call, and the forms that a plan is compiled for.
 
 use fla_core::cudarc::driver::DevicePtr;
-use fla_core::{Error, check_len};
+use fla_core::{Error, StateDims, check_len};
 
 use crate::Shape;
 
@@ -93,6 +93,24 @@ pub enum QkNorm {
     L2,
 }
 
+/// How initial and final states, and gradients of both, lie in memory: the state of a head is a matrix, stored row by row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateLayout {
+    /// A row for each key channel: `[N, HV, K, V]`.
+    KeyMajor,
+    /// A row for each value channel: `[N, HV, V, K]`.
+    ValueMajor,
+}
+
+impl StateLayout {
+    pub(crate) const fn dims(self) -> StateDims {
+        match self {
+            Self::KeyMajor => StateDims::ValueHeads,
+            Self::ValueMajor => StateDims::ValueHeadsByColumn,
+        }
+    }
+}
+
 /// Everything of a plan that is compiled in, apart from sizes and types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Forms {
@@ -101,9 +119,14 @@ pub(crate) struct Forms {
     pub(crate) beta: BetaForm,
     pub(crate) beta_map: BetaMap,
     pub(crate) qk_norm: QkNorm,
+    pub(crate) state_layout: StateLayout,
 }
 
 impl Forms {
+    pub(crate) fn is_value_major(&self) -> bool {
+        self.state_layout == StateLayout::ValueMajor
+    }
+
     pub(crate) fn rows(&self) -> bool {
         matches!(self.channel_gates, ChannelGates::Rows | ChannelGates::RowsAndColumns)
     }

@@ -23,7 +23,7 @@ pub use crate::chunk_bwd::{ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkBwdRe
 pub use crate::chunk_fwd::{
     ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, ChunkFwdResult, chunk_fwd,
 };
-pub use crate::gates::{Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, QkNorm};
+pub use crate::gates::{Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, QkNorm, StateLayout};
 pub use crate::recurrent_bwd::{
     GateGrads, RecurrentBwd, RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentBwdResult, recurrent_bwd,
 };

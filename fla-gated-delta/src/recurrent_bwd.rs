@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::Shape;
 use crate::gates::{Beta, BetaForm, Forms, Gate, GateForm, GateTensors};
-use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V, RecurrentFwdOptions, with_forms};
+use crate::recurrent_fwd::{FORMS, MAX_K, MAX_V, RecurrentFwdOptions, VALUE_MAJOR, with_forms};
 
 const SOURCE: Source =
     Source { name: "fla/gated_delta/recurrent_bwd.cu", text: include_str!("../kernels/recurrent_bwd.cu") };
@@ -144,7 +144,8 @@ pub struct RecurrentBwdResult<T> {
 /// | `dbeta` (out)                    | like `beta`     | `T`   | where there is one                               |
 /// | `d_initial_state` (out)          | `[N, HV, K, V]` | f32   | optional                                         |
 ///
-/// `T`, K, V and HV are as in the forward pass, and states are f32. Lengths have to be known to the host.
+/// `T`, K, V and HV are as in the forward pass, and states are f32, `[N, HV, V, K]` where
+/// the options say so. Lengths have to be known to the host.
 ///
 /// Nothing of the forward pass has to be kept: a block walks forward once more, keeps about the root of T states, and
 /// walks every segment between them again on its way back. The pass is for exact gradients of short sequences and few
@@ -333,7 +334,7 @@ impl<T: Element> RecurrentBwd<T> {
             ("d_final_state", x.d_final_state.map(|s| s.len())),
             ("d_initial_state", dx.d_initial_state.as_ref().map(|s| s.len())),
         ] {
-            check_len(name, "[N, HV, K, V]", state_len, len.unwrap_or(state_len))?;
+            check_len(name, self.forms.state_layout.dims().whole(), state_len, len.unwrap_or(state_len))?;
         }
         Ok(())
     }
@@ -471,6 +472,7 @@ pub(crate) fn units(_: Arch) -> Vec<Unit> {
             }
         }
     }
+    out.push(any_unit::<bf16>(128, 128, &VALUE_MAJOR));
     out
 }
 
@@ -618,7 +620,7 @@ unsafe impl<T: Element> Params for RecurrentBwdOutputParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, FORMS, any_unit, bf16};
+    use super::{Arch, Element, FORMS, VALUE_MAJOR, any_unit, bf16};
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
@@ -629,7 +631,7 @@ mod tests {
         let units = heads.iter().enumerate().flat_map(|(i, (k, v))| {
             // Every option where rows end in the middle and where they do not, the usual ones everywhere.
             let forms = if i < 2 { &FORMS[..] } else { &FORMS[1..2] };
-            forms.iter().map(|forms| any_unit::<T>(*k, *v, forms))
+            forms.iter().chain([&VALUE_MAJOR]).map(|forms| any_unit::<T>(*k, *v, forms))
         });
         units.filter_map(|unit| compile(&unit, Arch::SM_90).err()).map(|error| error.to_string()).collect()
     }

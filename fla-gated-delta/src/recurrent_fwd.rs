@@ -6,13 +6,15 @@ use std::sync::Arc;
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice};
 use fla_core::{
     Arch, DType, Device, Element, Error, Field, FinalState, Grid, Kernel, Params, Ptr, PtrMut, Source,
-    StateElement, StateStream, StateTensors, StateTile, States, Unit, check_len,
+    StateElement, StateShape, StateStream, StateTensors, StateTile, States, Unit, check_len,
 };
 use half::{bf16, f16};
 
 use crate::Shape;
 use crate::config::{RecurrentFwdConfig, RecurrentFwdStream, RecurrentFwdVariant};
-use crate::gates::{Beta, BetaForm, BetaMap, ChannelGates, Forms, Gate, GateForm, GateTensors, QkNorm};
+use crate::gates::{
+    Beta, BetaForm, BetaMap, ChannelGates, Forms, Gate, GateForm, GateTensors, QkNorm, StateLayout,
+};
 
 /// Largest K and V: a warp holds whole columns of the state in registers.
 pub(crate) const MAX_K: usize = 256;
@@ -45,6 +47,8 @@ pub struct RecurrentFwdOptions {
     pub beta_map: BetaMap,
     /// What is done to queries and keys first; [`QkNorm::AsGiven`] unless changed.
     pub qk_norm: QkNorm,
+    /// How states lie, those of pools and gradients too; [`StateLayout::KeyMajor`] unless changed.
+    pub state_layout: StateLayout,
 }
 
 impl RecurrentFwdOptions {
@@ -58,6 +62,7 @@ impl RecurrentFwdOptions {
             beta: BetaForm::PerHead,
             beta_map: BetaMap::AsGiven,
             qk_norm: QkNorm::AsGiven,
+            state_layout: StateLayout::KeyMajor,
         }
     }
 
@@ -96,13 +101,20 @@ impl RecurrentFwdOptions {
         self
     }
 
+    /// Changes how states lie.
+    #[must_use]
+    pub const fn with_state_layout(mut self, state_layout: StateLayout) -> Self {
+        self.state_layout = state_layout;
+        self
+    }
+
     /// The factor of the output and everything that is compiled in, checked.
     pub(crate) fn checked(&self) -> Result<(f32, Forms), Error> {
-        let Self { scale, gate, channel_gates, beta, beta_map, qk_norm } = *self;
+        let Self { scale, gate, channel_gates, beta, beta_map, qk_norm, state_layout } = *self;
         if !scale.is_finite() {
             return Err(Error::Option { option: "scale", wanted: "finite", got: scale.to_string() });
         }
-        let forms = Forms { gate, channel_gates, beta, beta_map, qk_norm };
+        let forms = Forms { gate, channel_gates, beta, beta_map, qk_norm, state_layout };
         forms.check()?;
         Ok((scale, forms))
     }
@@ -177,11 +189,12 @@ pub struct RecurrentFwdResult<T> {
 /// | `final_state` (out)  | `[N, HV, K, V]`    | `S`   | optional: new, in place, or in a pool `[S, ..]`    |
 /// | `token_states` (out) | `[B, T, HV, K, V]` | `S`   | optional: the state after every token              |
 ///
-/// `T` is f32, bf16 or f16 and `S` f32 or bf16; K is at most 256 and V at most 512, any size, and HV a multiple of H. A
-/// sequence without tokens hands its state through. Which gates and strengths there are, and whether queries and keys are
-/// normalised, is said in [`RecurrentFwdOptions`] and compiled in. Values are not checked: above 0 a log decay lets the
-/// state grow, and keys longer than 1 can make it explode, which is computed as asked. A server passes its pool of
-/// states with [`FinalState::Pool`], and captures the call in a graph.
+/// `T` is f32, bf16 or f16 and `S` f32 or bf16; K is at most 256 and V at most 512, any size, and HV a multiple of
+/// H. A sequence without tokens hands its state through. With [`StateLayout::ValueMajor`] K and V change places in
+/// every state. Which gates and strengths there are, and whether queries and keys are normalised, is said in
+/// [`RecurrentFwdOptions`] and compiled in. Values are not checked: above 0 a log decay lets the state grow, and
+/// keys longer than 1 can make it explode, which is computed as asked. A server passes its pool of states with
+/// [`FinalState::Pool`], and captures the call in a graph.
 ///
 /// # Numerics
 ///
@@ -278,7 +291,7 @@ impl<T: Element, S: StateElement> RecurrentFwd<T, S> {
         let gates = GateTensors { g: x.g, gk: x.gk, gv: x.gv, beta: x.beta };
         gates.check(&self.forms, &self.shape)?;
         seqs.check_cu_seqlens(x.cu_seqlens.map(DeviceSlice::len))?;
-        let state_shape = self.shape.state_shape();
+        let state_shape = StateShape { dims: self.forms.state_layout.dims(), ..self.shape.state_shape() };
         let keeps = matches!(y.final_state, FinalState::Pool(_)) || y.token_states.is_some();
         let states = StateTensors {
             initial_state: x.initial_state,
@@ -376,6 +389,7 @@ pub(crate) const FORMS: [Forms; 4] = [
         beta: BetaForm::PerHead,
         beta_map: BetaMap::AsGiven,
         qk_norm: QkNorm::AsGiven,
+        state_layout: StateLayout::KeyMajor,
     },
     // What a layer of the model decodes with.
     Forms {
@@ -384,6 +398,7 @@ pub(crate) const FORMS: [Forms; 4] = [
         beta: BetaForm::PerHead,
         beta_map: BetaMap::Sigmoid,
         qk_norm: QkNorm::L2,
+        state_layout: StateLayout::KeyMajor,
     },
     Forms {
         gate: GateForm::Raw,
@@ -391,6 +406,7 @@ pub(crate) const FORMS: [Forms; 4] = [
         beta: BetaForm::PerChannel,
         beta_map: BetaMap::TwiceSigmoid,
         qk_norm: QkNorm::L2,
+        state_layout: StateLayout::KeyMajor,
     },
     Forms {
         gate: GateForm::None,
@@ -398,8 +414,12 @@ pub(crate) const FORMS: [Forms; 4] = [
         beta: BetaForm::One,
         beta_map: BetaMap::AsGiven,
         qk_norm: QkNorm::AsGiven,
+        state_layout: StateLayout::KeyMajor,
     },
 ];
+
+/// What a layer of the model decodes with, from states by columns.
+pub(crate) const VALUE_MAJOR: Forms = Forms { state_layout: StateLayout::ValueMajor, ..FORMS[1] };
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let mut out = Vec::new();
@@ -421,6 +441,10 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
         }
         for head in [(256, 512), (60, 100), (33, 65)] {
             out.extend(all_units::<bf16, f32>(&variant(head, FORMS[1])));
+        }
+        for head in [(64, 64), (128, 128)] {
+            out.extend(all_units::<bf16, f32>(&variant(head, VALUE_MAJOR)));
+            out.extend(all_units::<bf16, bf16>(&variant(head, VALUE_MAJOR)));
         }
     }
     out
@@ -490,6 +514,7 @@ pub(crate) fn with_forms(unit: Unit, tile: &StateTile, forms: &Forms) -> Unit {
         .with("SIGMOID_BETA", beta_map != BetaMap::AsGiven)
         .with("TWICE_BETA", beta_map == BetaMap::TwiceSigmoid)
         .with("NORMALISE_QK", qk_norm == QkNorm::L2)
+        .with("VALUE_MAJOR", forms.is_value_major())
 }
 
 /// Twin of `fla::gated_delta::RecurrentFwdParams`.
@@ -543,7 +568,10 @@ unsafe impl<T: Element, S: StateElement> Params for RecurrentFwdParams<T, S> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, Element, FORMS, RecurrentFwdVariant, StateElement, all_units, bf16};
+    use super::{
+        Arch, Element, FORMS, Forms, RecurrentFwdVariant, StateElement, StateLayout, VALUE_MAJOR, all_units,
+        bf16,
+    };
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
 
@@ -554,7 +582,8 @@ mod tests {
             for one_token in [true, false] {
                 // Every option where rows end in the middle and where they do not, the usual ones everywhere.
                 let forms = if i < 3 { &FORMS[..] } else { &FORMS[1..2] };
-                for forms in forms {
+                let everything = Forms { state_layout: StateLayout::ValueMajor, ..FORMS[2] };
+                for forms in forms.iter().chain([&VALUE_MAJOR, &everything]) {
                     let variant = RecurrentFwdVariant {
                         arch: Arch::SM_90,
                         dtype: T::DTYPE,

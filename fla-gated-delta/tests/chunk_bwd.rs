@@ -9,7 +9,7 @@ use fla_core::testing::{Bench, Guarded, Poison, gpu, run_cases, same_bits};
 use fla_core::{DType, Device, Error, SeqLens};
 use fla_gated_delta::{
     Beta, BetaForm, BetaMap, ChannelGates, ChunkBwd, ChunkBwdInputs, ChunkBwdOutputs, ChunkFwdOptions, Gate,
-    GateForm, GateGrads, QkNorm, RecurrentFwdInputs, RecurrentFwdOptions, Shape, chunk_bwd,
+    GateForm, GateGrads, QkNorm, RecurrentFwdInputs, RecurrentFwdOptions, Shape, StateLayout, chunk_bwd,
 };
 use fla_reference::compare::{F16_SPACING, first_non_finite, relative_rms_beyond};
 use fla_reference::gated_delta as reference;
@@ -95,12 +95,55 @@ const CASES: &[Case] = &[
     Case { name: "negative eigenvalues", t: 70, beta_map: BetaMap::TwiceSigmoid, ..BASE },
     Case { name: "normalised", t: 70, qk_norm: QkNorm::L2, ..BASE },
     Case { name: "decays that empty the state", t: 200, gates: Gates::Constant(-70.0), ..BASE },
+    Case { name: "states [V, K]", t: 70, v: 96, state_layout: VALUE_MAJOR, ..BASE },
+    Case { name: "states [V, K], K = 33, V = 65", t: 70, k: 33, v: 65, state_layout: VALUE_MAJOR, ..BASE },
+    Case {
+        name: "states [V, K], K = 256, V = 512",
+        t: 70,
+        h: 1,
+        hv: 2,
+        k: 256,
+        v: 512,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
+    Case {
+        name: "states [V, K], packed with empty members",
+        packed: &[0, 65, 0, 0, 1, 20, 0],
+        k: 128,
+        state_layout: VALUE_MAJOR,
+        ..LAYER
+    },
+    Case {
+        name: "states [V, K], K = 64, V = 128, 50 heads",
+        t: 130,
+        h: 50,
+        hv: 50,
+        k: 64,
+        v: 128,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
+    Case {
+        name: "states [V, K], in segments",
+        b: 1,
+        t: 2100,
+        h: 1,
+        hv: 1,
+        k: 64,
+        v: 128,
+        gates: Gates::Weak,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
 ];
+const VALUE_MAJOR: StateLayout = StateLayout::ValueMajor;
 
 /// The same case as the pass by chunks takes it.
 fn options(case: &Case) -> ChunkFwdOptions {
-    let RecurrentFwdOptions { scale, gate, beta, beta_map, qk_norm, .. } = case.options();
-    ChunkFwdOptions::new(scale).with_gate(gate).with_beta(beta).with_beta_map(beta_map).with_qk_norm(qk_norm)
+    let RecurrentFwdOptions { scale, gate, beta, beta_map, qk_norm, state_layout, .. } = case.options();
+    let options = ChunkFwdOptions::new(scale).with_gate(gate).with_beta(beta).with_beta_map(beta_map);
+    options.with_qk_norm(qk_norm).with_state_layout(state_layout)
 }
 
 /// The gradients that come in: of the outputs, and of the final state where there is an initial one.
@@ -144,7 +187,8 @@ fn run<T: Poison>(
     let shape = case.shape();
     let tensors = Tensors::<T, f32>::new(stream, case, problem);
     let d_o = to_device::<T>(stream, "d_o", &incoming.d_o);
-    let d_final = incoming.d_final_state.as_ref().map(|s| to_device::<f32>(stream, "d_final_state", s));
+    let d_final =
+        incoming.d_final_state.as_ref().map(|s| to_device::<f32>(stream, "d_final_state", &case.stored(s)));
     let narrow = |name, len| Guarded::<T>::output(stream, name, len);
     let wide = |name, len| Guarded::<f32>::output(stream, name, len);
     let (mut dq, mut dk) = (narrow("dq", shape.qk_len()), narrow("dk", shape.qk_len()));
@@ -187,7 +231,7 @@ fn run<T: Poison>(
         ("dq", Grad::Narrow(dq.read())),
         ("dk", Grad::Narrow(dk.read())),
         ("dv", Grad::Narrow(dv.read())),
-        ("d_initial_state", Grad::Wide(d_initial.read())),
+        ("d_initial_state", Grad::Wide(case.loaded(&d_initial.read()))),
     ];
     match case.gate {
         GateForm::None => {}

@@ -9,7 +9,7 @@ use fla_core::testing::{Bench, Guarded, Poison, gpu, run_cases, same_bits};
 use fla_core::{Device, Error, SeqLens};
 use fla_gated_delta::{
     Beta, BetaForm, BetaMap, ChannelGates, ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, Gate,
-    GateForm, QkNorm, RecurrentFwdInputs, RecurrentFwdOptions, Shape, chunk_fwd,
+    GateForm, QkNorm, RecurrentFwdInputs, RecurrentFwdOptions, Shape, StateLayout, chunk_fwd,
 };
 use fla_reference::compare::{first_non_finite, relative_rms};
 use fla_reference::gated_delta as reference;
@@ -99,12 +99,53 @@ const CASES: &[Case] = &[
     Case { name: "negative eigenvalues", t: 70, beta_map: BetaMap::TwiceSigmoid, ..BASE },
     Case { name: "normalised", t: 70, qk_norm: QkNorm::L2, ..BASE },
     Case { name: "decays that empty the state", t: 200, gates: Gates::Constant(-70.0), ..BASE },
+    Case { name: "states [V, K]", t: 70, v: 96, state_layout: VALUE_MAJOR, ..BASE },
+    Case { name: "states [V, K], K = 33, V = 65", t: 70, k: 33, v: 65, state_layout: VALUE_MAJOR, ..BASE },
+    Case {
+        name: "states [V, K], K = 256, V = 512",
+        t: 70,
+        h: 1,
+        hv: 2,
+        k: 256,
+        v: 512,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
+    Case {
+        name: "states [V, K], packed with empty members",
+        packed: &[0, 65, 0, 0, 1, 200, 0],
+        k: 64,
+        v: 128,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
+    Case {
+        name: "states [V, K], grouped heads, packed with empty members",
+        packed: &[0, 65, 0, 0, 1, 20, 0],
+        k: 128,
+        state_layout: VALUE_MAJOR,
+        ..LAYER
+    },
+    Case {
+        name: "states [V, K], one long sequence in segments",
+        b: 1,
+        t: 2100,
+        h: 1,
+        hv: 1,
+        k: 64,
+        v: 128,
+        gates: Gates::Weak,
+        state_layout: VALUE_MAJOR,
+        ..BASE
+    },
 ];
+const VALUE_MAJOR: StateLayout = StateLayout::ValueMajor;
 
 /// The same case as the pass by chunks takes it.
 fn options(case: &Case) -> ChunkFwdOptions {
-    let RecurrentFwdOptions { scale, gate, beta, beta_map, qk_norm, .. } = case.options();
-    ChunkFwdOptions::new(scale).with_gate(gate).with_beta(beta).with_beta_map(beta_map).with_qk_norm(qk_norm)
+    let RecurrentFwdOptions { scale, gate, beta, beta_map, qk_norm, state_layout, .. } = case.options();
+    let options = ChunkFwdOptions::new(scale).with_gate(gate).with_beta(beta).with_beta_map(beta_map);
+    options.with_qk_norm(qk_norm).with_state_layout(state_layout)
 }
 
 fn chunk_inputs<'a, T: Poison>(x: &RecurrentFwdInputs<'a, T>) -> ChunkFwdInputs<'a, T> {
@@ -134,7 +175,7 @@ fn run<T: Poison>(
         let mut y = ChunkFwdOutputs { o: &mut o, final_state: Some(&mut state) };
         plan.run(stream, &x, &mut y, &mut workspace)
     })?;
-    Ok((o.read(), final_state.read()))
+    Ok((o.read(), case.loaded(&final_state.read())))
 }
 
 fn within<T: Poison>(name: &str, got: &[f32], want: &[f64], class: Class) -> Result<(), String> {
@@ -285,6 +326,14 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     }
     assert!(text(&good, &mut small).contains("`workspace`"));
     assert!(o.read().iter().all(|x| x.is_nan()));
+
+    let by_columns = ChunkFwdOptions::new(1.0).with_state_layout(StateLayout::ValueMajor);
+    let plan = ChunkFwd::<f32>::new(&device, &shape, &by_columns).expect("valid");
+    let mut o = o.view_mut();
+    let mut y = ChunkFwdOutputs { o: &mut o, final_state: None };
+    let x = ChunkFwdInputs { initial_state: Some(&odd), ..good };
+    let error = plan.run(&stream, &x, &mut y, &mut workspace).expect_err("must be refused").to_string();
+    assert!(error.starts_with("`initial_state` is [N, HV, V, K], which is 4096 elements"), "{error}");
 
     let options = ChunkFwdOptions::new(1.0).with_beta(BetaForm::PerChannel);
     let error = ChunkFwd::<f32>::new(&device, &shape, &options);

@@ -9,7 +9,8 @@ use fla_core::testing::{Bench, Guarded, Poison, gpu, run_cases, same_bits};
 use fla_core::{DType, Device, Error, SeqLens};
 use fla_gated_delta::{
     Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, GateGrads, QkNorm, RecurrentBwd,
-    RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentFwdInputs, RecurrentFwdOptions, Shape, recurrent_bwd,
+    RecurrentBwdInputs, RecurrentBwdOutputs, RecurrentFwdInputs, RecurrentFwdOptions, Shape, StateLayout,
+    recurrent_bwd,
 };
 use fla_reference::compare::{F16_SPACING, first_non_finite, relative_rms_beyond};
 use fla_reference::gated_delta as reference;
@@ -84,6 +85,21 @@ const CASES: &[Case] = &[
     Case { name: "everything", ..EVERYTHING },
     Case { name: "everything, uneven head", k: 33, v: 50, ..EVERYTHING },
     Case { name: "everything, many parts", k: 100, v: 260, ..EVERYTHING },
+    Case {
+        name: "states [V, K], packed with empty members",
+        packed: &[0, 5, 0, 0, 1, 20, 0],
+        k: 128,
+        v: 128,
+        state_layout: StateLayout::ValueMajor,
+        ..LAYER
+    },
+    Case {
+        name: "states [V, K], K = 33, V = 65",
+        k: 33,
+        v: 65,
+        state_layout: StateLayout::ValueMajor,
+        ..BASE
+    },
 ];
 
 /// The gradients that come in: of the outputs, and of the final state where there is an initial one.
@@ -127,7 +143,8 @@ fn run<T: Poison>(
     let shape = case.shape();
     let tensors = Tensors::<T, f32>::new(stream, case, problem);
     let d_o = to_device::<T>(stream, "d_o", &incoming.d_o);
-    let d_final = incoming.d_final_state.as_ref().map(|s| to_device::<f32>(stream, "d_final_state", s));
+    let d_final =
+        incoming.d_final_state.as_ref().map(|s| to_device::<f32>(stream, "d_final_state", &case.stored(s)));
     let narrow = |name, len| Guarded::<T>::output(stream, name, len);
     let wide = |name, len| Guarded::<f32>::output(stream, name, len);
     let (mut dq, mut dk) = (narrow("dq", shape.qk_len()), narrow("dk", shape.qk_len()));
@@ -175,7 +192,7 @@ fn run<T: Poison>(
         ("dq", Grad::Narrow(dq.read())),
         ("dk", Grad::Narrow(dk.read())),
         ("dv", Grad::Narrow(dv.read())),
-        ("d_initial_state", Grad::Wide(d_initial.read())),
+        ("d_initial_state", Grad::Wide(case.loaded(&d_initial.read()))),
     ];
     match case.gate {
         GateForm::None => {}

@@ -10,7 +10,7 @@ use fla_core::testing::{Guarded, Poison, gpu, run_cases, same_bits};
 use fla_core::{DType, Device, Error, FinalState, SeqLens, StateElement, StatePool};
 use fla_gated_delta::{
     Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, QkNorm, RecurrentFwd, RecurrentFwdInputs,
-    RecurrentFwdOptions, RecurrentFwdOutputs, Shape, recurrent_fwd,
+    RecurrentFwdOptions, RecurrentFwdOutputs, Shape, StateLayout, recurrent_fwd,
 };
 use fla_reference::compare::relative_rms;
 use fla_reference::gated_delta as reference;
@@ -140,6 +140,42 @@ const OPTIONS: &[Case] = &[
         beta_map: BetaMap::TwiceSigmoid,
         ..LAYER
     },
+    Case { name: "states [V, K], one token", t: 1, state_layout: StateLayout::ValueMajor, ..LAYER },
+    Case {
+        name: "states [V, K], one token of many states",
+        t: 1,
+        b: 203,
+        k: 128,
+        v: 128,
+        state_layout: StateLayout::ValueMajor,
+        ..LAYER
+    },
+    Case {
+        name: "states [V, K], four tokens of many states",
+        t: 4,
+        b: 203,
+        state_layout: StateLayout::ValueMajor,
+        ..LAYER
+    },
+    Case {
+        name: "states [V, K], K = 33, V = 65, packed with empty members",
+        packed: &[0, 5, 0, 0, 1, 20, 0],
+        k: 33,
+        v: 65,
+        state_layout: StateLayout::ValueMajor,
+        ..BASE
+    },
+    Case {
+        name: "states [V, K], K = 60, V = 100, everything",
+        t: 12,
+        k: 60,
+        v: 100,
+        channel_gates: ChannelGates::RowsAndColumns,
+        beta: BetaForm::PerChannel,
+        beta_map: BetaMap::TwiceSigmoid,
+        state_layout: StateLayout::ValueMajor,
+        ..LAYER
+    },
 ];
 
 /// What the reference gives.
@@ -201,7 +237,7 @@ fn run<T: Poison, S: Poison + StateElement>(
         };
         plan.run(stream, &RecurrentFwdInputs { initial_state, ..x }, &mut y)
     })?;
-    Ok(Got { o: o.read(), last: last.read(), tokens: tokens.read() })
+    Ok(Got { o: o.read(), last: case.loaded(&last.read()), tokens: case.loaded(&tokens.read()) })
 }
 
 fn within<T: Poison>(class: Class, got: &[T], want: &[f64]) -> Result<(), String> {

@@ -7,7 +7,7 @@ use fla_core::testing::{Guarded, Poison};
 use fla_core::{DType, SeqLens};
 use fla_gated_delta::{
     Beta, BetaForm, BetaMap, ChannelGates, Gate, GateForm, QkNorm, RecurrentFwdInputs, RecurrentFwdOptions,
-    Shape,
+    Shape, StateLayout,
 };
 use fla_reference::gated_delta as reference;
 use fla_reference::inputs::{Gates, REGIMES, Rng, Storage, round_to};
@@ -36,6 +36,7 @@ pub(crate) struct Case {
     pub(crate) beta_map: BetaMap,
     pub(crate) qk_norm: QkNorm,
     pub(crate) initial_state: bool,
+    pub(crate) state_layout: StateLayout,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,6 +66,7 @@ pub(crate) const BASE: Case = Case {
     beta_map: BetaMap::AsGiven,
     qk_norm: QkNorm::AsGiven,
     initial_state: true,
+    state_layout: StateLayout::KeyMajor,
 };
 
 /// What a layer of the model asks for.
@@ -117,7 +119,32 @@ impl Case {
             .with_beta(self.beta)
             .with_beta_map(self.beta_map)
             .with_qk_norm(self.qk_norm)
+            .with_state_layout(self.state_layout)
     }
+
+    /// States [K, V] as the case has them in memory.
+    pub(crate) fn stored<X: Copy>(&self, states: &[X]) -> Vec<X> {
+        match self.state_layout {
+            StateLayout::KeyMajor => states.to_vec(),
+            StateLayout::ValueMajor => transposed(states, self.k, self.v),
+        }
+    }
+
+    /// And from memory back to [K, V].
+    pub(crate) fn loaded<X: Copy>(&self, states: &[X]) -> Vec<X> {
+        match self.state_layout {
+            StateLayout::KeyMajor => states.to_vec(),
+            StateLayout::ValueMajor => transposed(states, self.v, self.k),
+        }
+    }
+}
+
+/// Each matrix `[rows, cols]` as `[cols, rows]`.
+fn transposed<X: Copy>(matrices: &[X], rows: usize, cols: usize) -> Vec<X> {
+    let columns = |matrix: &'_ [X]| -> Vec<X> {
+        (0..cols).flat_map(|col| (0..rows).map(move |row| matrix[row * cols + col])).collect()
+    };
+    matrices.chunks_exact(rows * cols).flat_map(columns).collect()
 }
 
 /// Inputs as f64, already rounded to the type that the kernel reads. What the case does without is empty.
@@ -255,7 +282,10 @@ impl<T: Poison, S: Poison> Tensors<T, S> {
             gk: to_device(stream, "gk", &problem.gk),
             gv: to_device(stream, "gv", &problem.gv),
             beta: to_device(stream, "beta", &problem.beta),
-            initial_state: problem.initial_state.as_ref().map(|s| to_device(stream, "initial_state", s)),
+            initial_state: problem
+                .initial_state
+                .as_ref()
+                .map(|s| to_device(stream, "initial_state", &case.stored(s))),
         }
     }
 
@@ -322,9 +352,11 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
     ];
     let qk_norm = prop_oneof![Just(QkNorm::AsGiven), Just(QkNorm::L2)];
     let sizes = (1usize..4, 0usize..40, 1usize..4, 1usize..4, width.clone(), width);
-    let forms = (gate, channel_gates, beta, qk_norm);
+    let state_layout = prop_oneof![Just(StateLayout::KeyMajor), Just(StateLayout::ValueMajor)];
+    let forms = (gate, channel_gates, beta, qk_norm, state_layout);
     (sizes, forms, 0..REGIMES.len(), proptest::bool::ANY).prop_map(|(sizes, forms, regime, flag)| {
-        let ((b, t, h, group, k, v), (gate, channel_gates, (beta, beta_map), qk_norm)) = (sizes, forms);
+        let (b, t, h, group, k, v) = sizes;
+        let (gate, channel_gates, (beta, beta_map), qk_norm, state_layout) = forms;
         // A norm of one channel leaves nothing but its epsilon of a gradient, which f32 cannot resolve.
         let qk_norm = if k == 1 { QkNorm::AsGiven } else { qk_norm };
         Case {
@@ -343,6 +375,7 @@ pub(crate) fn any_case() -> impl Strategy<Value = Case> {
             qk_norm,
             gates: REGIMES[regime],
             initial_state: flag,
+            state_layout,
             ..BASE
         }
     })
