@@ -8,7 +8,9 @@ use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use fla_core::{Device, FinalState, SeqLens, Shape};
 
 use super::memory::{HEADS, K, Segment, V};
-use super::operators::{DeltaInputs, GatedDeltaGates, Rwkv4Inputs, Rwkv6Gates, rwkv4_channels};
+use super::operators::{
+    DeltaInputs, DeltaLayer, GatedDeltaGates, Rwkv4Inputs, Rwkv6Gates, VALUE_HEADS, rwkv4_channels,
+};
 use crate::Result;
 
 /// A device, and the stream that everything runs on.
@@ -85,6 +87,12 @@ impl Gpu {
 
 fn shape(t: usize) -> Shape {
     Shape { seqs: SeqLens::dense(1, t), h: HEADS.len(), k: K, v: V }
+}
+
+/// The same with so many value heads.
+fn value_head_shape(t: usize, hv: usize) -> fla_gated_delta::Shape {
+    let Shape { seqs, h, k, v } = shape(t);
+    fla_gated_delta::Shape { seqs, h, hv, k, v }
 }
 
 /// The six tensors of a delta rule, on the device.
@@ -239,10 +247,11 @@ impl GpuMemory for Dplr {
 
 /// Starts the gated delta rule.
 pub(super) fn gated_delta(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
-    Ok(Box::new(GatedDelta(Resident { gpu: gpu.clone(), state: None })))
+    Ok(Box::new(GatedDelta(Resident { gpu: gpu.clone(), state: None }, None)))
 }
 
-struct GatedDelta(Resident);
+/// Token by token, and the state of the chunk pass.
+struct GatedDelta(Resident, Option<CudaSlice<f32>>);
 
 impl GpuMemory for GatedDelta {
     fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
@@ -252,8 +261,7 @@ impl GpuMemory for GatedDelta {
             (gpu.upload(segment.next_keys())?, gpu.upload(segment.keys())?, gpu.upload(&segment.values)?);
         let (g, beta) = (gpu.upload(&gates.g)?, gpu.upload(&gates.beta)?);
         let options = fla_gated_delta::RecurrentFwdOptions::new(1.0);
-        let Shape { seqs, h, k: channels, v: values } = shape(segment.t());
-        let shape = fla_gated_delta::Shape { seqs, h, hv: h, k: channels, v: values };
+        let shape = value_head_shape(segment.t(), HEADS.len());
         let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
         self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
             let x = fla_gated_delta::RecurrentFwdInputs {
@@ -271,6 +279,114 @@ impl GpuMemory for GatedDelta {
             let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
             Ok(plan.run(&gpu.stream, &x, &mut y)?)
         })
+    }
+
+    fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        let gpu = &self.0.gpu;
+        let gates = GatedDeltaGates::new(segment);
+        let (q, k, v) =
+            (gpu.upload(segment.next_keys())?, gpu.upload(segment.keys())?, gpu.upload(&segment.values)?);
+        let (g, beta) = (gpu.upload(&gates.g)?, gpu.upload(&gates.beta)?);
+        let x = fla_gated_delta::ChunkFwdInputs {
+            q: &q,
+            k: &k,
+            v: &v,
+            g: fla_gated_delta::Gate::Log(&g),
+            beta: fla_gated_delta::Beta::PerHead(&beta),
+            initial_state: self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+        };
+        let options = fla_gated_delta::ChunkFwdOptions::new(1.0);
+        let shape = value_head_shape(segment.t(), HEADS.len());
+        let y = fla_gated_delta::chunk_fwd(&gpu.device, &shape, &x, &options)?;
+        self.1 = Some(y.final_state);
+        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
+    }
+}
+
+/// Starts the gated delta rule with everything that it can be asked to make of its inputs itself.
+pub(super) fn delta_layer(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
+    Ok(Box::new(DeltaLayerOnGpu(Resident { gpu: gpu.clone(), state: None }, None)))
+}
+
+/// Token by token, and the state of the chunk pass.
+struct DeltaLayerOnGpu(Resident, Option<CudaSlice<f32>>);
+
+/// The tensors of a layer, on the device.
+struct UploadedLayer {
+    q: CudaSlice<f32>,
+    k: CudaSlice<f32>,
+    v: CudaSlice<f32>,
+    g: CudaSlice<f32>,
+    a_log: CudaSlice<f32>,
+    dt_bias: CudaSlice<f32>,
+    beta: CudaSlice<f32>,
+}
+
+impl UploadedLayer {
+    fn new(gpu: &Gpu, x: &DeltaLayer) -> Result<UploadedLayer> {
+        Ok(UploadedLayer {
+            q: gpu.upload(&x.q)?,
+            k: gpu.upload(&x.k)?,
+            v: gpu.upload(&x.v)?,
+            g: gpu.upload(&x.g)?,
+            a_log: gpu.upload(&x.a_log)?,
+            dt_bias: gpu.upload(&x.dt_bias)?,
+            beta: gpu.upload(&x.beta)?,
+        })
+    }
+
+    fn gate(&self) -> fla_gated_delta::Gate<'_, f32> {
+        fla_gated_delta::Gate::Raw { g: &self.g, a_log: &self.a_log, dt_bias: Some(&self.dt_bias) }
+    }
+}
+
+impl GpuMemory for DeltaLayerOnGpu {
+    fn read(&mut self, segment: &Segment<'_>) -> Result<GpuStep> {
+        let gpu = self.0.gpu.clone();
+        let x = UploadedLayer::new(&gpu, &DeltaLayer::new(segment))?;
+        let options = fla_gated_delta::RecurrentFwdOptions::new(1.0)
+            .with_gate(fla_gated_delta::GateForm::Raw)
+            .with_beta_map(fla_gated_delta::BetaMap::TwiceSigmoid)
+            .with_qk_norm(fla_gated_delta::QkNorm::L2);
+        let shape = value_head_shape(segment.t(), VALUE_HEADS);
+        let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
+        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
+            let x = fla_gated_delta::RecurrentFwdInputs {
+                q: &x.q,
+                k: &x.k,
+                v: &x.v,
+                g: x.gate(),
+                gk: None,
+                gv: None,
+                beta: fla_gated_delta::Beta::PerHead(&x.beta),
+                initial_state: resident.initial_state(),
+                cu_seqlens: None,
+            };
+            let final_state = FinalState::New(final_state);
+            let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+
+    fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
+        let gpu = &self.0.gpu;
+        let x = UploadedLayer::new(gpu, &DeltaLayer::new(segment))?;
+        let options = fla_gated_delta::ChunkFwdOptions::new(1.0)
+            .with_gate(fla_gated_delta::GateForm::Raw)
+            .with_beta_map(fla_gated_delta::BetaMap::TwiceSigmoid)
+            .with_qk_norm(fla_gated_delta::QkNorm::L2);
+        let inputs = fla_gated_delta::ChunkFwdInputs {
+            q: &x.q,
+            k: &x.k,
+            v: &x.v,
+            g: x.gate(),
+            beta: fla_gated_delta::Beta::PerHead(&x.beta),
+            initial_state: self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+        };
+        let shape = value_head_shape(segment.t(), VALUE_HEADS);
+        let y = fla_gated_delta::chunk_fwd(&gpu.device, &shape, &inputs, &options)?;
+        self.1 = Some(y.final_state);
+        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) enum Answer {
     Before,
     /// After the byte is written, for the key of the next: `o[t]`, `[H, V]`, predicts byte t + 1.
     After,
+    /// The same of [`VALUE_HEADS`] value heads: `o[t]`, `[HV, V]`.
+    AfterGrouped,
     /// After the byte is written, all buckets at once, `[buckets, V]`: in each group, that of the next key predicts.
     AllBuckets,
 }
@@ -84,6 +86,15 @@ pub(super) const OPERATORS: &[Operator] = &[
         gpu: Some(super::gpu::gated_delta),
     },
     Operator {
+        name: "delta layer",
+        does: "the same as a layer asks for it: q and k normalised, decay from a_log and dt_bias, strength 2 sigmoid(x), \
+               two value heads to a key, all made inside",
+        model: Model::GatedDelta,
+        answer: Answer::AfterGrouped,
+        cpu: delta_layer,
+        gpu: Some(super::gpu::delta_layer),
+    },
+    Operator {
         name: "RWKV-6",
         does: "adds to what its key held, and erases nothing but by a decay over time",
         model: Model::Rwkv6,
@@ -107,6 +118,7 @@ impl Operator {
         match self.answer {
             Answer::AllBuckets => GROUPS.len(),
             Answer::Before | Answer::After => HEADS.len(),
+            Answer::AfterGrouped => VALUE_HEADS,
         }
     }
 
@@ -115,6 +127,7 @@ impl Operator {
         match self.answer {
             Answer::AllBuckets => rwkv4_channels(),
             Answer::Before | Answer::After => HEADS.len() * V,
+            Answer::AfterGrouped => VALUE_HEADS * V,
         }
     }
 
@@ -126,7 +139,7 @@ impl Operator {
         said.clear();
         match self.answer {
             Answer::Before => said.extend(row(i_t + 1)),
-            Answer::After => said.extend(row(i_t)),
+            Answer::After | Answer::AfterGrouped => said.extend(row(i_t)),
             Answer::AllBuckets => {
                 for place in rwkv4_places(segment, i_t) {
                     said.extend(&row(i_t)[place..place + V]);
@@ -274,6 +287,79 @@ fn gated_delta(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>)
         initial_state,
     };
     let options = gated_delta::Options::new(HEADS.len(), 1.0);
+    let y = match form {
+        Form::Recurrent => gated_delta::recurrent_fwd(&shape(segment), &x, &options),
+        Form::Chunk => gated_delta::chunk_fwd(&shape(segment), &x, &options),
+    };
+    Step { o: y.o, state: y.final_state }
+}
+
+/// Value heads that read one query head in a layer of the gated delta rule.
+const GROUP: usize = 2;
+
+/// Value heads of such a layer.
+pub(super) const VALUE_HEADS: usize = GROUP * HEADS.len();
+
+/// What a layer of the gated delta rule reads: everything that the operator can be asked to make of it itself.
+pub(super) struct DeltaLayer {
+    /// `[T, H, K]`  the key of the next byte, of some length
+    pub(super) q: Vec<f32>,
+    /// `[T, H, K]`  the key of this byte, of some length
+    pub(super) k: Vec<f32>,
+    /// `[T, HV, V]`  the code of this byte
+    pub(super) v: Vec<f32>,
+    /// `[T, HV]`  logit of the decay
+    pub(super) g: Vec<f32>,
+    /// `[HV]`  logarithm of the rate
+    pub(super) a_log: Vec<f32>,
+    /// `[HV]`  added to the logits
+    pub(super) dt_bias: Vec<f32>,
+    /// `[T, HV]`  logit of half the strength
+    pub(super) beta: Vec<f32>,
+}
+
+impl DeltaLayer {
+    /// The inputs of a segment. The decays are 0.9995 to 0.9985, and one value head of a key writes as in the other
+    /// operators, the other more firmly: three times as much, which for the last is 1.5 and turns what its key held round.
+    pub(super) fn new(segment: &Segment<'_>) -> DeltaLayer {
+        let lengths = segment.bytes.iter().map(|byte| f32::from(1 + byte % 7));
+        let long = |x: &[f32]| -> Vec<f32> {
+            let rows = x.chunks_exact(HEADS.len() * K).zip(lengths.clone());
+            rows.flat_map(|(row, length)| row.iter().map(move |x| x * length)).collect()
+        };
+        let v = segment.values.chunks_exact(V).flat_map(|code| [code; GROUP].concat()).collect();
+        let dt_bias: Vec<f32> = (0..VALUE_HEADS).map(|i_h| i_h as f32 / 8.0 - 1.0).collect();
+        let g = dt_bias.iter().map(|bias| -6.0 - bias).collect::<Vec<_>>().repeat(segment.t());
+        let a_log = (0..VALUE_HEADS).map(|i_h| i_h as f32 / 10.0 - 1.6).collect();
+        let strengths = HEADS.iter().flat_map(|head| [head.strength, 3.0 * head.strength]);
+        let logits: Vec<f32> = strengths.map(|strength| (strength / (2.0 - strength)).ln()).collect();
+        DeltaLayer {
+            q: long(segment.next_keys()),
+            k: long(segment.keys()),
+            v,
+            g,
+            a_log,
+            dt_bias,
+            beta: logits.repeat(segment.t()),
+        }
+    }
+}
+
+fn delta_layer(segment: &Segment<'_>, form: Form, initial_state: Option<&[f32]>) -> Step {
+    let DeltaLayer { q, k, v, g, a_log, dt_bias, beta } = DeltaLayer::new(segment);
+    let x = gated_delta::Inputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        g: gated_delta::Gate::Raw { g: &g, a_log: &a_log, dt_bias: Some(&dt_bias) },
+        gk: None,
+        gv: None,
+        beta: gated_delta::Beta::PerHead(&beta),
+        initial_state,
+    };
+    let options = gated_delta::Options::new(VALUE_HEADS, 1.0)
+        .with_qk_norm(gated_delta::QkNorm::L2)
+        .with_beta_map(gated_delta::BetaMap::TwiceSigmoid);
     let y = match form {
         Form::Recurrent => gated_delta::recurrent_fwd(&shape(segment), &x, &options),
         Form::Chunk => gated_delta::chunk_fwd(&shape(segment), &x, &options),
