@@ -12,6 +12,7 @@
 // It does what `chunk_bwd_state` and `chunk_bwd_output` do, whose gradients of states and of what rows write stay in shared
 // memory; T, P, S and V' come from the forward pass. dQ' is the first term of (4), dK' and -dK'' those of (5). Two
 // warpgroups have halves of V in (1) and (2), then one makes (4) and the other (5); a third copies, and finishes (6) to (8).
+// Where value heads share a query head, dQ and dK are those of each value head, which `chunk_bwd_output_sm90` adds up.
 //
 // Reference  fla_reference::gated_delta::chunk_bwd
 // Launch     grid NS * HV, block 384: a block walks a segment with a whole state
@@ -50,8 +51,8 @@ struct ChunkBwdParams {
     const float* d_final_state;   // [N, HV, K, V]    or [N, HV, V, K]; null: zero
     const float* d_ends;          // [NS, HV, V, K]   gradients of states after segments; null where no sequence is cut
     float* d_initial_state;       // the same         null: not wanted
-    Element* dq;                  // [B, T, H, K]
-    Element* dk;                  // [B, T, H, K]
+    Element* dq;                  // [B, T, H, K]     of each value head, [B, T, HV, K], where they share query heads
+    Element* dk;                  // [B, T, H, K]     the same
     Element* dv;                  // [B, T, HV, V]
     float* dg;                    // [B, T, HV]       of the log decay; null: there is none
     Element* dbeta;               // [B, T, HV]       null: there is none
@@ -67,6 +68,7 @@ concept ChunkBwdConfig = ChunkTiles<Cfg> && requires {
     Cfg::TWICE_BETA;    // strengths are doubled after that
     Cfg::NORMALISE_QK;  // q and k are divided by their lengths
     Cfg::VALUE_MAJOR;   // states at the border are [V, K]
+    Cfg::GROUPED;       // value heads share a query head
 };
 
 // Sums along the rows of a chunk.
@@ -145,6 +147,8 @@ template <ChunkBwdConfig Cfg>
 __device__ void copy_chunks(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typename Cfg::Element, typename Cfg::Work>& p) {
     constexpr int C = Cfg::C, K = Cfg::K, V = BWD_V;
     const ChunkBwdWalk& walk = s.walk;
+    // The query head, where it is not the value head.
+    const i32 i_h = Cfg::GROUPED ? i32(u32(walk.i_hv) / (u32(p.hv) / u32(p.h))) : 0;
     for (int i_step = 0; i_step < walk.chunks; ++i_step) {
         const int i_stage = i_step % BWD_STAGES;
         const u32 round = i_step / BWD_STAGES;
@@ -155,7 +159,7 @@ __device__ void copy_chunks(ChunkBwdShared<Cfg>& s, const ChunkBwdParams<typenam
         mbarrier_arrive_expect_tx(bar, (2 * K + V) * C * 2 + sizeof(Factors<C>));
         #pragma unroll
         for (int col = 0; col < K; col += 64) {
-            const int x = walk.i_hv * K + col;
+            const int x = (Cfg::GROUPED ? i_h : walk.i_hv) * K + col;
             cp_async_bulk_tensor_2d_shared_global(&s.k[i_stage].part[0].at(0, col), p.k, x, first, bar);
             cp_async_bulk_tensor_2d_shared_global(&s.q[i_stage].part[0].at(0, col), p.q, x, first, bar);
         }
@@ -425,7 +429,7 @@ __device__ auto& d_matrices(ChunkBwdShared<Cfg>& s) {
     return reinterpret_cast<Pair&>(s.written);
 }
 
-// Stores the rows of a chunk in [B, T, H, K] by way of shared memory: whole rows, and few registers. A warpgroup calls it.
+// Stores the rows of a chunk in [B, T, h, K], head i_hv, by way of shared memory: whole rows, and few registers. A warpgroup calls it.
 template <class Element, class Half, int C, int K>
 __device__ void store_whole(
     Element* to, i32 h, OperandTile<Half, 1, C, K>& s, const RegTile<16, K>& r, const ChunkBwdWalk& walk, int i_step, int bar
@@ -546,7 +550,7 @@ __device__ void queries(
     hold(r_dq);
     if constexpr (Cfg::NORMALISE_QK) take_off_length(r_dq, s_q, f[Q_NORM], row0);
     // By way of the place of dO, which nobody reads any more.
-    store_whole(p.dq, p.h, as_rows<C, K>(s.d_o[i_stage]), r_dq, s.walk, i_step, BAR_QUERIES);
+    store_whole(p.dq, Cfg::GROUPED ? p.hv : p.h, as_rows<C, K>(s.d_o[i_stage]), r_dq, s.walk, i_step, BAR_QUERIES);
 }
 
 // (5) and its parts of (7) and (8), by the other.
@@ -613,7 +617,7 @@ __device__ void keys(
     if constexpr (Cfg::NORMALISE_QK) take_off_length(r_dk, s_k, f[K_NORM], row0);
     // By way of the place of dX, of which dV has been made.
     mbarrier_wait_parity(s.stored, i_step & 1);
-    store_whole(p.dk, p.h, as_rows<C, K>(s.dx), r_dk, s.walk, i_step, BAR_KEYS);
+    store_whole(p.dk, Cfg::GROUPED ? p.hv : p.h, as_rows<C, K>(s.dx), r_dk, s.walk, i_step, BAR_KEYS);
 }
 
 // (1) to (7), by two warpgroups.

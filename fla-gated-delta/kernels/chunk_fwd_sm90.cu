@@ -7,10 +7,11 @@
 //   S <- e^{G_C} S + K^T (to_state V')                                            (5)
 //
 // It does what `chunk_fwd_intra` and `chunk_fwd_state` do, and T and P stay in shared memory. States are held transposed: a
-// warpgroup has 64 columns of one as the rows of its results. Sequences are not cut here: a segment is a whole one.
+// warpgroup has 64 columns of one as the rows of its results. Sequences are not cut here: a segment is a whole one. Where two
+// warpgroups prepare, they take chunks in turn.
 //
 // Reference  fla_reference::gated_delta::recurrent_fwd
-// Launch     grid NS * HV * ceil(V / BV), block 128 * (1 + BV / 64): a block walks a segment with BV columns of a state
+// Launch     grid NS * HV * ceil(V / BV), block 128 * (PREPARERS + BV / 64): a block walks a segment with BV columns of a state
 // FLA        chunk_gated_delta_rule
 #pragma once
 #include <fla/core/barrier.cuh>
@@ -66,6 +67,7 @@ concept ChunkFwdConfig = ChunkTiles<Cfg> && requires {
     Cfg::OUTPUT;        // outputs are wanted
     Cfg::KEEP;          // states, V', T, P and factors are wanted
     Cfg::VALUE_MAJOR;   // states at the border are [V, K]
+    Cfg::PREPARERS;     // warpgroups that prepare chunks
 };
 
 template <ChunkFwdConfig Cfg>
@@ -81,8 +83,8 @@ struct ChunkFwdStage {
 template <ChunkFwdConfig Cfg>
 struct ChunkFwdShared {
     ChunkFwdStage<Cfg> stages[Cfg::STAGES];
-    SharedTile<float, Cfg::C, Cfg::C> inverse;  // [C, C]
-    float lengths[2][Cfg::C];                   // squared, of keys and queries
+    SharedTile<float, Cfg::C, Cfg::C> inverse[Cfg::PREPARERS];  // [C, C]
+    float lengths[Cfg::PREPARERS][2][Cfg::C];                   // squared, of keys and queries
     Ring<Cfg::STAGES> ring;
 };
 
@@ -115,8 +117,8 @@ struct ChunkFwdSlice {
 };
 
 inline constexpr int WARPGROUP = 128;
-// Named barriers: 0 is the block's.
-inline constexpr int BAR_PREPARE = 1, BAR_INVERSE = 2;
+// Named barriers: 0 is the block's, and each warpgroup that prepares has two of these.
+inline constexpr int BAR_PREPARE = 1, BAR_INVERSE = 2, BAR_CLEARED = 5;
 
 // Starts to copy a chunk. One thread calls it.
 template <ChunkFwdConfig Cfg>
@@ -154,19 +156,24 @@ __device__ void clear_rows(OperandTile<Half, 1, ROWS, COLS>& s, int rows) {
     }
 }
 
-// (1) for one chunk after the other, by one warpgroup.
+// (1) for one chunk after the other, by one warpgroup; or for every second one by each of two.
 template <ChunkFwdConfig Cfg>
 __device__ void prepare(
     ChunkFwdShared<Cfg>& s, const ChunkFwdParams<typename Cfg::Element, typename Cfg::Work>& p
 ) {
     using Half = typename Cfg::Half;
     using Work = typename Cfg::Work;
-    constexpr int C = Cfg::C, STAGES = Cfg::STAGES, INNER = PADDED_K<Cfg>, LOADS = 3;
+    constexpr int C = Cfg::C, STAGES = Cfg::STAGES, INNER = PADDED_K<Cfg>, LOADS = 3, PREPARERS = Cfg::PREPARERS;
     static_assert(C == 64, "a warpgroup has 64 rows");
+    static_assert(PREPARERS == 1 || (PREPARERS == 2 && STAGES == 3), "two at work, and a third with the scan");
+    // Said to be the same in all lanes, so that descriptors are.
+    const int i_group = PREPARERS == 1 ? 0 : __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP, 0);
+    auto& s_inverse = s.inverse[i_group];
+    auto& s_lengths = s.lengths[i_group];
     const auto slice = ChunkFwdSlice::of_block<Cfg>(p);
     const bool keeps = Cfg::KEEP && slice.i_v == 0 && p.inverse != nullptr;  // all slices have the same
     const int i_warp = threadIdx.x / 32 % 4, row0 = 16 * i_warp, i_thread = threadIdx.x % WARPGROUP;
-    const auto meet = [] { bar_sync(BAR_PREPARE, WARPGROUP); };
+    const auto meet = [=] { bar_sync(BAR_PREPARE + 2 * i_group, WARPGROUP); };
     const auto chunk_at = [&](int i_c) {
         const i64 first = slice.bos + i64(i_c) * C;
         return Chunk{first, min(i64(C), slice.eos - first)};
@@ -177,18 +184,28 @@ __device__ void prepare(
         if (lane_id() == 0) load_stage<Cfg>(s, p, slice, i_stage, chunk.first);
         if constexpr (!Cfg::NORMALISE_QK) {
             const auto numbers = load_numbers<Cfg>(p, chunk, slice.i_hv);
-            row_factors<Cfg, false>(s.stages[i_stage].factors, s.lengths, numbers, p.scale);
+            row_factors<Cfg, false>(s.stages[i_stage].factors, s_lengths, numbers, p.scale);
         }
     };
     // Blocks above the diagonal stay as they are.
-    for (int i = i_thread * 8; i < STAGES * C * C; i += WARPGROUP * 8) {
+    const int i_preparing = PREPARERS == 1 ? i_thread : int(threadIdx.x);
+    for (int i = i_preparing * 8; i < STAGES * C * C; i += PREPARERS * WARPGROUP * 8) {
         ChunkFwdStage<Cfg>& stage = s.stages[i / (C * C)];
         reinterpret_cast<Words<4>&>(stage.inverse.part[0].elems[i % (C * C)]) = {};
         reinterpret_cast<Words<4>&>(stage.scores.part[0].elems[i % (C * C)]) = {};
     }
+    if constexpr (PREPARERS > 1) {
+        fence_proxy_async();
+        bar_sync(BAR_CLEARED, PREPARERS * WARPGROUP);  // zeros are there, whoever writes beside them
+    }
+    const auto next = [](RingPlace<STAGES>& place) {
+        #pragma unroll
+        for (int i = 0; i < PREPARERS; ++i) place.next();
+    };
     RingPlace<STAGES> at, ahead;
-    if (i_warp == LOADS && slice.chunks > 0) ask(0, 0);
-    for (int i_c = 0; i_c < slice.chunks; ++i_c, at.next()) {
+    at.stage = i_group;
+    if (i_warp == LOADS && slice.chunks > i_group) ask(i_group, i_group);
+    for (int i_c = i_group; i_c < slice.chunks; i_c += PREPARERS, next(at)) {
         ChunkFwdStage<Cfg>& stage = s.stages[at.stage];
         const auto& f = stage.factors.at;
         const Chunk chunk = chunk_at(i_c);
@@ -210,12 +227,12 @@ __device__ void prepare(
         start_product<Major::K, Major::K, INNER>(r_qk, stage.q, stage.k, false);
         wgmma_commit_group();
         if constexpr (Cfg::NORMALISE_QK) {
-            row_lengths<WARPGROUP>(s.lengths[0], stage.k);
-            row_lengths<WARPGROUP>(s.lengths[1], stage.q);
+            row_lengths<WARPGROUP, PREPARERS == 1>(s_lengths[0], stage.k);
+            row_lengths<WARPGROUP, PREPARERS == 1>(s_lengths[1], stage.q);
             meet();  // lengths are there
             if (i_warp == LOADS) {
                 const auto numbers = load_numbers<Cfg>(p, chunk, slice.i_hv);
-                row_factors<Cfg, false>(stage.factors, s.lengths, numbers, p.scale);
+                row_factors<Cfg, false>(stage.factors, s_lengths, numbers, p.scale);
             }
             meet();  // factors are there
         }
@@ -229,8 +246,8 @@ __device__ void prepare(
         for (int j = 0; j < C / 8; ++j) {
             if (j / 2 > i_warp) break;
             const int row = row0 + lane_id() / 4, col = 8 * j + lane_id() % 4 * 2;
-            reinterpret_cast<float2&>(s.inverse.at(row, col)) = {r_kk.at[0][j][0], r_kk.at[0][j][1]};
-            reinterpret_cast<float2&>(s.inverse.at(row + 8, col)) = {r_kk.at[0][j][2], r_kk.at[0][j][3]};
+            reinterpret_cast<float2&>(s_inverse.at(row, col)) = {r_kk.at[0][j][0], r_kk.at[0][j][1]};
+            reinterpret_cast<float2&>(s_inverse.at(row + 8, col)) = {r_kk.at[0][j][2], r_kk.at[0][j][3]};
         }
         wgmma_wait_group<0>();
         hold(r_qk);
@@ -254,14 +271,14 @@ __device__ void prepare(
         if (i_warp < 2) put_scores();
         meet();  // I + L is there
         if (i_warp < 2) {
-            tri_inverse<Merge::TF32>(s.inverse, i_warp, BAR_INVERSE);
+            tri_inverse<Merge::TF32>(s_inverse, i_warp, BAR_INVERSE + 2 * i_group);
         } else {
             put_scores();
             ahead = at;
-            ahead.next();
-            if (i_warp == LOADS && i_c + 1 < slice.chunks) {
+            next(ahead);
+            if (i_warp == LOADS && i_c + PREPARERS < slice.chunks) {
                 if (ahead.round > 0) mbarrier_wait_parity(s.ring.free[ahead.stage], (ahead.round - 1) & 1);
-                ask(i_c + 1, ahead.stage);
+                ask(i_c + PREPARERS, ahead.stage);
             }
         }
         meet();  // the inverse is there
@@ -272,7 +289,7 @@ __device__ void prepare(
             const int block_row = i_block < 1 ? 0 : i_block < 3 ? 1 : i_block < 6 ? 2 : 3;
             const int row = 16 * block_row + i % 64 / 4;
             const int col = 16 * (i_block - block_row * (block_row + 1) / 2) + i % 4 * 4;
-            const float4 x = reinterpret_cast<const float4&>(s.inverse.at(row, col));
+            const float4 x = reinterpret_cast<const float4&>(s_inverse.at(row, col));
             const float4 g2 = reinterpret_cast<const float4&>(f[G2][col]);
             const float in[4] = {x.x, x.y, x.z, x.w}, from[4] = {g2.x, g2.y, g2.z, g2.w};
             Vec<Half, 4> out;
@@ -284,7 +301,9 @@ __device__ void prepare(
         }
         fence_proxy_async();
         if (keeps) meet();  // T and P are there
-        mbarrier_arrive(s.ring.ready[at.stage]);
+        // The scan may be done with the stage before they are stored, and then the next to prepare writes them again: that is
+        // this warpgroup, or the other, which waits until they have been read.
+        if constexpr (PREPARERS == 1) mbarrier_arrive(s.ring.ready[at.stage]);
         if (keeps) {
             static_assert(same<Half, Work>, "what is kept is what is multiplied with");
             store_rows<WARPGROUP>(p.inverse + tile * (C * C), C, stage.inverse.part[0], C, i_thread);
@@ -292,8 +311,8 @@ __device__ void prepare(
             for (int j = i_thread; j < FACTORS * C; j += WARPGROUP) {
                 p.factors[tile * (FACTORS * C) + j] = (&f[0][0])[j];
             }
-            // The scan may be done with the stage, but this warpgroup is the one that writes T, P and factors again.
         }
+        if constexpr (PREPARERS > 1) mbarrier_arrive(s.ring.ready[at.stage]);
     }
 }
 
@@ -326,7 +345,7 @@ __device__ void scan(
     using Half = typename Cfg::Half;
     constexpr int C = Cfg::C, K = Cfg::K, V = Cfg::V, STAGES = Cfg::STAGES, KP = PADDED_K<Cfg>;
     const auto slice = ChunkFwdSlice::of_block<Cfg>(p);
-    const int v_in_block = (threadIdx.x - WARPGROUP) / 32 * 16, i_v = slice.i_v + v_in_block;  // of this warp
+    const int v_in_block = (threadIdx.x - Cfg::PREPARERS * WARPGROUP) / 32 * 16, i_v = slice.i_v + v_in_block;  // of this warp
     RegTile<16, KP> r_state;  // [16, K] of S^T
     const Segment& segment = reinterpret_cast<const Segment*>(p.segments)[slice.i_segment];
     const i64 state = (segment.i_n * p.hv + slice.i_hv) * (i64(K) * V);
@@ -413,18 +432,20 @@ __device__ void scan(
 
 template <ChunkFwdConfig Cfg>
 __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element, typename Cfg::Work>& p) {
-    constexpr int BV = Cfg::BV;
+    constexpr int BV = Cfg::BV, PREPARING = Cfg::PREPARERS * WARPGROUP;
+    // Registers for all threads at the start, of which the scan takes some over.
+    constexpr bool MANY_THREADS = PREPARING + 2 * BV > 256;
     static_assert(BV % 64 == 0 && Cfg::PARTS == 1, "64 columns for each warpgroup, single 16-bit numbers");
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdShared<Cfg>*>(s_bytes);
 
     if (threadIdx.x == 0) init(s.ring, WARPGROUP, 2 * BV);
     __syncthreads();  // the ring is there
-    if (threadIdx.x < WARPGROUP) {
-        if constexpr (BV == 128) setmaxnreg_dec<104>();
+    if (threadIdx.x < PREPARING) {
+        if constexpr (MANY_THREADS) setmaxnreg_dec<Cfg::PREPARERS == 1 ? 104 : 128>();
         prepare<Cfg>(s, p);
     } else {
-        if constexpr (BV == 128) setmaxnreg_inc<200>();
+        if constexpr (MANY_THREADS) setmaxnreg_inc<Cfg::PREPARERS == 1 ? 200 : 232>();
         scan<Cfg>(s, p);
     }
 }

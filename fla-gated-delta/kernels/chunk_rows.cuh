@@ -15,11 +15,11 @@ namespace fla::gated_delta {
 // A log decay, base 2, under which a factor is as good as 0; larger sums would lose what small ones have.
 inline constexpr float LEAST_G2 = -0x1.4p+7f;  // -160
 
-// Squared lengths of the rows of a tile.
-template <int THREADS, class Half, int PARTS, int C, int COLS>
+// Squared lengths of the rows of a tile. THREADS threads call it, the first of the block unless FIRST says otherwise.
+template <int THREADS, bool FIRST = true, class Half, int PARTS, int C, int COLS>
 __device__ void row_lengths(float (&s_lengths)[C], const OperandTile<Half, PARTS, C, COLS>& s) {
     constexpr int LANES = min(THREADS / C, 8);  // of a row
-    const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int row = (FIRST ? threadIdx.x : threadIdx.x % THREADS) / LANES, lane = threadIdx.x % LANES;
     float sum = 0.0f;
     if (row < C) {
         #pragma unroll

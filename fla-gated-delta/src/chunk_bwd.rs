@@ -11,7 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Shape;
-use crate::chunk_bwd_sm90::{ChunkBwdWhole, WholeInputs, whole_unit};
+use crate::chunk_bwd_sm90::{self, ChunkBwdWhole, HeadGrads, WholeInputs};
 use crate::chunk_fwd::{
     ChunkFwdInputs, ChunkFwdIntra, ChunkFwdOptions, ChunkFwdState, Maps, Matrices, ScanTargets, align_of,
     check_aligns, check_inputs, intra_unit, joined, scan_config, state_unit,
@@ -130,7 +130,8 @@ pub struct ChunkBwdResult<T> {
 /// # Numerics
 ///
 /// As in the forward pass, but f16 goes as pairs of bf16 too, since gradients may be too small for it. The gradient of the
-/// decay holds differences that cancel; it is f32 from the sums of products on. Sums are taken in a fixed order, those of
+/// decay holds differences that cancel; it is f32 from the sums of products on. Where one kernel makes the gradients and
+/// value heads share queries and keys, the terms of `dq` and `dk` are rounded to `T` before they are added. Sums are taken in a fixed order, those of
 /// `d_a_log` and `d_dt_bias` too: the same inputs give the same bits. The error against the float64 recurrence stays
 /// under the rows `gated_delta, chunk_bwd` of `fla_reference::tolerance`.
 ///
@@ -179,9 +180,13 @@ impl<T: Element> ChunkBwd<T> {
         shape.check(MAX_K, MAX_V)?;
         let (scale, forms) = options.checked()?;
         let tiles = ChunkTiles::new(T::DTYPE, shape.k, shape.v, Direction::Backward);
-        let scan = scan_config(device, shape, &tiles)?;
-        let tables = ChunkTables::new(device, &shape.seqs, tiles.c, scan.segment)?;
         let smem_bytes = device.smem_bytes() as usize;
+        let mut scan = scan_config(device, shape, &tiles)?;
+        let can_be_whole = ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
+        if can_be_whole && shape.hv > shape.h {
+            scan = scan.cut_for_whole(&tiles, (&shape.seqs, shape.hv), device.sm_count(), smem_bytes);
+        }
+        let tables = ChunkTables::new(device, &shape.seqs, tiles.c, scan.segment)?;
         let output = OutputConfig::new(&tiles, shape.hv > shape.h, smem_bytes)
             .ok_or_else(|| too_large(shape, smem_bytes))?;
         let heads = tables.segments_len.saturating_mul(shape.hv);
@@ -195,7 +200,7 @@ impl<T: Element> ChunkBwd<T> {
         let fills = heads >= device.sm_count() as usize * 3 / 4;
         let is_cut = scan.segment.is_some();
         let forward_is_whole = fills && WholeConfig::is_for(&tiles, shape, is_cut, device.arch());
-        let is_whole = fills && ChunkBwdWhole::<T>::is_for(&tiles, shape, device.arch());
+        let is_whole = fills && can_be_whole;
         let walks: &[Scan] = match (scan.segment, is_whole) {
             (None, false) => &[Scan::Gradients],
             (Some(_), false) => &[Scan::GradientMaps, Scan::Gradients],
@@ -215,7 +220,7 @@ impl<T: Element> ChunkBwd<T> {
             });
             let whole = forward_is_whole.then(|| {
                 threads.spawn(|| {
-                    let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
+                    let whole = WholeConfig::new(&tiles, shape, device.sm_count());
                     ChunkFwdWhole::new(device, shape, (&tiles, whole, &tables), (scale, &forms, true))
                 })
             });
@@ -248,13 +253,24 @@ impl<T: Element> ChunkBwd<T> {
     }
 
     /// Bytes of the workspace that a run needs: for every chunk and value head a state, a row of values, two matrices of C by
-    /// C and eight rows of factors; a second state and row where the gradients of states take a launch of their own.
+    /// C and eight rows of factors; a second state and row where the gradients of states take a launch of their own; and
+    /// gradients of queries and keys for every value head where one kernel makes these and several share them.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
         let [a, b, c] = Matrices::bytes(&self.tiles, self.tables.chunks_len.saturating_mul(self.shape.hv));
         let [states, values, d_states, d_values, dg] = self.workspace_parts();
         let [maps, kept, d_maps, ends] = self.maps_bytes();
-        Workspace::bytes(&[a, b, c, states, values, d_states, d_values, dg, maps, kept, d_maps, ends])
+        let parts = self.parts_len().saturating_mul(size_of::<T>());
+        let of_scans = [a, b, c, states, values, d_states, d_values, dg, maps, kept, d_maps, ends];
+        Workspace::bytes(&[&of_scans[..], &[parts, parts]].concat())
+    }
+
+    /// Numbers of gradients of queries and keys for each value head, where another launch adds them up.
+    fn parts_len(&self) -> usize {
+        match &self.gradients {
+            Gradients::Output(..) => 0,
+            Gradients::Whole(whole) => whole.parts_len(&self.shape),
+        }
     }
 
     /// Bytes of maps of segments, of whether they keep anything, of those of gradients, and of gradients of states after
@@ -322,6 +338,8 @@ impl<T: Element> ChunkBwd<T> {
             d_maps: workspace.take::<f32>(d_maps / size_of::<f32>())?,
             ends: workspace.take::<f32>(ends / size_of::<f32>())?,
         };
+        let mut parts =
+            HeadGrads { dq: workspace.take(self.parts_len())?, dk: workspace.take(self.parts_len())? };
         if let Some((_, scan)) = &self.stages {
             let kept = Some([&mut kept.states, &mut kept.written]);
             let to = ScanTargets { o: None, final_state: None, kept, maps: &mut maps };
@@ -341,7 +359,7 @@ impl<T: Element> ChunkBwd<T> {
             Gradients::Whole(whole) => {
                 let ends = self.scan.segment.map(|_| &of_maps.ends);
                 let made = WholeInputs { matrices: &matrices, kept: &kept, ends };
-                whole.run(stream, on, (x, made), (dx, &mut dg_of_logs))?;
+                whole.run(stream, on, (x, made), (dx, &mut dg_of_logs, &mut parts))?;
             }
         }
         match (&self.logits, x.g, &mut dx.dg) {
@@ -590,6 +608,9 @@ fn any_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<U
         out.push(intra_unit::<T>(&tiles, forms, arch));
     }
     out.extend(output_units::<T>(&tiles, forms));
+    if ChunkBwdWhole::<T>::is_for_heads(&tiles, arch) {
+        out.push(chunk_bwd_sm90::output_unit::<T>(&tiles));
+    }
     out
 }
 
@@ -607,7 +628,7 @@ fn walk_units<T: Element>(k: usize, v: usize, forms: &Forms, arch: Arch) -> Vec<
     }
     out.extend(whole_units::<T>(&tiles, forms, true, arch));
     if ChunkBwdWhole::<T>::is_for_heads(&tiles, arch) {
-        out.push(whole_unit::<T>(&tiles, forms));
+        out.extend(chunk_bwd_sm90::whole_units::<T>(&tiles, forms));
     }
     out
 }

@@ -1,4 +1,5 @@
-//! The gradients of states and of chunks as one kernel, where warpgroups multiply: Hopper.
+//! The gradients of states and of chunks as one kernel, where warpgroups multiply: Hopper. Another adds up those of queries
+//! and keys that value heads share.
 
 use std::mem::offset_of;
 
@@ -18,10 +19,16 @@ use crate::recurrent_bwd::GateGrads;
 const SOURCE: Source =
     Source { name: "fla/gated_delta/chunk_bwd_sm90.cu", text: include_str!("../kernels/chunk_bwd_sm90.cu") };
 
+const SOURCE_OUTPUT: Source = Source {
+    name: "fla/gated_delta/chunk_bwd_output_sm90.cu",
+    text: include_str!("../kernels/chunk_bwd_output_sm90.cu"),
+};
+
 /// Columns of a state: two warpgroups have 64 each.
 const V: usize = 128;
 const THREADS: u32 = 384;
 const STAGES: usize = 2;
+const OUTPUT_THREADS: u32 = 256;
 
 fn smem_bytes(tiles: &ChunkTiles) -> usize {
     let (c, k) = (tiles.c, tiles.k);
@@ -37,12 +44,21 @@ fn smem_bytes(tiles: &ChunkTiles) -> usize {
     all.add(STAGES * sums, 4).add(barriers * size_of::<u64>(), 8).add(walk, 4).size()
 }
 
-/// The kernel of a plan.
+/// The kernels of a plan.
 #[derive(Debug)]
 pub(crate) struct ChunkBwdWhole<T> {
     kernel: Kernel<ChunkBwdParams<T>>,
     grid: Option<Grid>,
     scale: f32,
+    /// What adds up over value heads, where they share queries and keys.
+    output: Option<(Kernel<ChunkBwdOutputParams<T>>, Grid)>,
+}
+
+/// Gradients of queries and keys, a term for each value head: `[B, T, HV, K]`; empty where heads share nothing.
+#[derive(Debug)]
+pub(crate) struct HeadGrads<'a, T> {
+    pub(crate) dq: RawSlice<'a, T>,
+    pub(crate) dk: RawSlice<'a, T>,
 }
 
 /// What the kernel reads that other launches have made.
@@ -55,15 +71,14 @@ pub(crate) struct WholeInputs<'a, 'b> {
 }
 
 impl<T: Element> ChunkBwdWhole<T> {
-    /// Whether a GPU and a shape are ones for it: each head with keys of its own, and tokens, chunks and states that tensor
-    /// copies can name by 32 bits.
+    /// Whether a GPU and a shape are ones for it: tokens, chunks and states that tensor copies can name by 32 bits.
     pub(crate) fn is_for(tiles: &ChunkTiles, shape: &Shape, arch: Arch) -> bool {
         let tokens = shape.seqs.b().saturating_mul(shape.seqs.t());
         // Each sequence adds at most one chunk to those of its whole 64 tokens.
         let chunks = (tokens / tiles.c).saturating_add(shape.seqs.n());
         let rows = chunks.saturating_mul(shape.hv.saturating_mul(V));
         let is_in_range = tokens > 0 && rows.max(tokens) <= i32::MAX as usize;
-        Self::is_for_heads(tiles, arch) && is_in_range && shape.h == shape.hv
+        Self::is_for_heads(tiles, arch) && is_in_range
     }
 
     pub(crate) fn is_for_heads(tiles: &ChunkTiles, arch: Arch) -> bool {
@@ -76,11 +91,26 @@ impl<T: Element> ChunkBwdWhole<T> {
         (tiles, tables): (&ChunkTiles, &ChunkTables),
         (scale, forms): (f32, &Forms),
     ) -> Result<Self, Error> {
+        let is_grouped = shape.hv > shape.h;
+        let output = if is_grouped {
+            // The shape is one for the kernel, so that rows are whole pieces of 8.
+            let blocks = grid("B * T * H", shape.qk_len().div_ceil(8 * OUTPUT_THREADS as usize), 1)?;
+            let kernel = device.kernel(&output_unit::<T>(tiles))?;
+            blocks.map(|blocks| (kernel, blocks))
+        } else {
+            None
+        };
         Ok(Self {
-            kernel: device.kernel(&whole_unit::<T>(tiles, forms))?,
+            kernel: device.kernel(&whole_unit::<T>(tiles, forms, is_grouped))?,
             grid: grid("N * HV", tables.segments_len.saturating_mul(shape.hv), 1)?,
             scale,
+            output,
         })
+    }
+
+    /// Numbers of [`HeadGrads`], each of two.
+    pub(crate) fn parts_len(&self, shape: &Shape) -> usize {
+        if self.output.is_some() { shape.k_len() } else { 0 }
     }
 
     pub(crate) fn run(
@@ -88,9 +118,10 @@ impl<T: Element> ChunkBwdWhole<T> {
         stream: &CudaStream,
         (shape, tables): (&Shape, &ChunkTables),
         (x, made): (&ChunkBwdInputs<'_, T>, WholeInputs<'_, '_>),
-        (dx, dg_of_logs): (&mut ChunkBwdOutputs<'_, T>, &mut RawSlice<'_, f32>),
+        (dx, dg_of_logs, parts): (&mut ChunkBwdOutputs<'_, T>, &mut RawSlice<'_, f32>, &mut HeadGrads<'_, T>),
     ) -> Result<(), Error> {
         let Some(grid) = self.grid else { return Ok(()) };
+        let is_grouped = self.output.is_some();
         let tokens = shape.seqs.b() * shape.seqs.t();
         let heads = tables.chunks_len * shape.hv;
         let boxes = |rows: usize, cols: usize, tile_rows: usize| Matrix {
@@ -135,8 +166,16 @@ impl<T: Element> ChunkBwdWhole<T> {
             d_final_state: bind.read_opt("d_final_state", x.d_final_state),
             d_ends: bind.read_opt("workspace", made.ends),
             d_initial_state: bind.write_opt("d_initial_state", dx.d_initial_state.as_deref_mut()),
-            dq: bind.write("dq", &mut *dx.dq),
-            dk: bind.write("dk", &mut *dx.dk),
+            dq: if is_grouped {
+                bind.write("workspace", &mut parts.dq)
+            } else {
+                bind.write("dq", &mut *dx.dq)
+            },
+            dk: if is_grouped {
+                bind.write("workspace", &mut parts.dk)
+            } else {
+                bind.write("dk", &mut *dx.dk)
+            },
             dv: bind.write("dv", &mut *dx.dv),
             dg: match &mut dx.dg {
                 GateGrads::None => PtrMut::NULL,
@@ -148,15 +187,40 @@ impl<T: Element> ChunkBwdWhole<T> {
             h: shape.h as i32,
             hv: shape.hv as i32,
             scale: self.scale,
+        })?;
+        let Some((kernel, grid)) = &self.output else { return Ok(()) };
+        kernel.launch(stream, *grid, |bind| ChunkBwdOutputParams {
+            dq_parts: bind.read("workspace", &parts.dq),
+            dk_parts: bind.read("workspace", &parts.dk),
+            dq: bind.write("dq", &mut *dx.dq),
+            dk: bind.write("dk", &mut *dx.dk),
+            len: shape.qk_len() as i64,
+            group: (shape.hv / shape.h) as i32,
         })
     }
 }
 
-pub(crate) fn whole_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> Unit {
+/// Every kernel of these heads that touches states.
+pub(crate) fn whole_units<T: Element>(tiles: &ChunkTiles, forms: &Forms) -> [Unit; 2] {
+    [false, true].map(|is_grouped| whole_unit::<T>(tiles, forms, is_grouped))
+}
+
+pub(crate) fn output_unit<T: Element>(tiles: &ChunkTiles) -> Unit {
+    let unit = Unit::new::<ChunkBwdOutputParams<T>>(
+        "gated_delta",
+        "chunk_bwd_output",
+        SOURCE_OUTPUT,
+        OUTPUT_THREADS,
+    );
+    unit.with("Element", T::DTYPE).with("K", tiles.k as i32).with("THREADS", OUTPUT_THREADS as i32)
+}
+
+fn whole_unit<T: Element>(tiles: &ChunkTiles, forms: &Forms, is_grouped: bool) -> Unit {
     let unit = Unit::new::<ChunkBwdParams<T>>("gated_delta", "chunk_bwd", SOURCE, THREADS);
     chunk_tiles::with_forms(tiles.with_tiles(unit), forms)
         .with_smem_bytes(smem_bytes(tiles) as u32)
         .with("VALUE_MAJOR", forms.is_value_major())
+        .with("GROUPED", is_grouped)
 }
 
 /// Twin of `fla::gated_delta::ChunkBwdParams`.
@@ -213,5 +277,30 @@ unsafe impl<T: Element> Params for ChunkBwdParams<T> {
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
         Field::new("scale", "float", offset_of!(Self, scale)),
+    ];
+}
+
+/// Twin of `fla::gated_delta::ChunkBwdOutputParams` on Hopper.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChunkBwdOutputParams<T> {
+    dq_parts: Ptr<T>,
+    dk_parts: Ptr<T>,
+    dq: PtrMut<T>,
+    dk: PtrMut<T>,
+    len: i64,
+    group: i32,
+}
+
+// SAFETY: `#[repr(C)]`, and the fields are listed in order.
+unsafe impl<T: Element> Params for ChunkBwdOutputParams<T> {
+    const CUDA_TYPE: &'static str = "fla::gated_delta::ChunkBwdOutputParams<Cfg::Element>";
+    const FIELDS: &'static [Field] = &[
+        Field::new("dq_parts", "const Cfg::Element*", offset_of!(Self, dq_parts)),
+        Field::new("dk_parts", "const Cfg::Element*", offset_of!(Self, dk_parts)),
+        Field::new("dq", "Cfg::Element*", offset_of!(Self, dq)),
+        Field::new("dk", "Cfg::Element*", offset_of!(Self, dk)),
+        Field::new("len", "fla::i64", offset_of!(Self, len)),
+        Field::new("group", "fla::i32", offset_of!(Self, group)),
     ];
 }

@@ -221,7 +221,7 @@ impl<T: Element> ChunkFwd<T> {
         let tables = ChunkTables::new(device, &shape.seqs, tiles.c, config.segment)?;
         let is_whole = WholeConfig::is_for(&tiles, shape, config.segment.is_some(), device.arch());
         let passes = if is_whole {
-            let whole = WholeConfig::new(&tiles, (&shape.seqs, shape.hv), device.sm_count());
+            let whole = WholeConfig::new(&tiles, shape, device.sm_count());
             let whole = (&tiles, whole, &tables);
             Passes::Whole(ChunkFwdWhole::new(device, shape, whole, (scale, &forms, false))?)
         } else {

@@ -4,8 +4,8 @@ use std::mem::offset_of;
 
 use fla_core::cudarc::driver::{CudaStream, DevicePtrMut};
 use fla_core::{
-    Arch, Device, Element, Error, Field, Grid, Kernel, Matrix, Params, Ptr, PtrMut, RawSlice, SeqLens,
-    Source, Swizzle, TensorMap, Unit,
+    Arch, Device, Element, Error, Field, Grid, Kernel, Matrix, Params, Ptr, PtrMut, RawSlice, Source,
+    Swizzle, TensorMap, Unit,
 };
 
 use crate::Shape;
@@ -23,15 +23,17 @@ pub(crate) struct WholeConfig {
     pub(crate) bv: usize,
     /// Chunks that are in shared memory or on their way there.
     pub(crate) stages: usize,
+    /// Warpgroups that prepare chunks, in turn.
+    pub(crate) preparers: usize,
 }
 
 impl WholeConfig {
     /// Whether a GPU and a shape are ones for it: tensor copies bring boxes of 64 channels and name a token by 32 bits. Where
-    /// value heads share keys or sequences are cut, what is shared or made for maps would be made again.
+    /// sequences are cut, what is made for maps would be made again.
     pub(crate) fn is_for(tiles: &ChunkTiles, shape: &Shape, is_cut: bool, arch: Arch) -> bool {
         let tokens = shape.seqs.b().saturating_mul(shape.seqs.t());
         let is_in_range = (1..=i32::MAX as usize).contains(&tokens);
-        Self::is_for_heads(tiles, arch) && is_in_range && shape.h == shape.hv && !is_cut
+        Self::is_for_heads(tiles, arch) && is_in_range && !is_cut
     }
 
     fn is_for_heads(tiles: &ChunkTiles, arch: Arch) -> bool {
@@ -39,15 +41,22 @@ impl WholeConfig {
         arch.has_wgmma() && tiles.parts == 1 && tiles.c == 64 && is_in_boxes
     }
 
-    /// The choice for so many walks: half of 128 columns for each block when there are few of them.
-    pub(crate) fn new(tiles: &ChunkTiles, (seqs, hv): (&SeqLens, usize), sm_count: u32) -> Self {
-        let blocks = seqs.n().saturating_mul(hv).saturating_mul(tiles.v.div_ceil(128));
+    /// The choice for a shape: half of 128 columns for each block when there are few of them.
+    pub(crate) fn new(tiles: &ChunkTiles, shape: &Shape, sm_count: u32) -> Self {
+        let blocks = shape.seqs.n().saturating_mul(shape.hv).saturating_mul(tiles.v.div_ceil(128));
         let is_wide = tiles.v > 64 && blocks >= sm_count as usize * 3 / 4;
-        Self { bv: if is_wide { 128 } else { 64 }, stages: 3 }
+        Self::of(is_wide, shape.hv > shape.h)
+    }
+
+    /// A scan of 64 columns is done sooner than one warpgroup has prepared the next chunk, so two of them take turns. Where no
+    /// value heads share keys, one does, as it has been timed; beside 128 columns shared memory has no room for a second.
+    const fn of(is_wide: bool, is_grouped: bool) -> Self {
+        let preparers = if is_grouped && !is_wide { 2 } else { 1 };
+        Self { bv: if is_wide { 128 } else { 64 }, stages: 3, preparers }
     }
 
     fn threads(self) -> u32 {
-        128 + 2 * self.bv as u32
+        (128 * self.preparers + 2 * self.bv) as u32
     }
 
     fn smem_bytes(self, tiles: &ChunkTiles) -> usize {
@@ -55,8 +64,10 @@ impl WholeConfig {
         let stage = Layout::new().tile(tiles, c, k).tile(tiles, c, k).tile(tiles, c, self.bv);
         let stage = stage.tile(tiles, c, c).tile(tiles, c, c).factors(c);
         let inverse = c * (c + 8) * size_of::<f32>();
-        let all = Layout::new().member(stage.times(self.stages)).add(inverse, 16);
-        all.add(2 * c * size_of::<f32>(), 4).add(3 * self.stages * size_of::<u64>(), 8).size()
+        let all = Layout::new().member(stage.times(self.stages)).add(self.preparers * inverse, 16);
+        all.add(self.preparers * 2 * c * size_of::<f32>(), 4)
+            .add(3 * self.stages * size_of::<u64>(), 8)
+            .size()
     }
 }
 
@@ -180,6 +191,7 @@ pub(crate) fn whole_unit<T: Element>(
         .with("OUTPUT", !keeps)
         .with("KEEP", keeps)
         .with("VALUE_MAJOR", forms.is_value_major())
+        .with("PREPARERS", config.preparers as i32)
 }
 
 /// Every kernel that a plan for these heads may choose.
@@ -189,10 +201,11 @@ pub(crate) fn whole_units<T: Element>(
     keeps: bool,
     arch: Arch,
 ) -> Vec<Unit> {
-    let widths = [64, 128]
+    let configs = [WholeConfig::of(false, false), WholeConfig::of(false, true), WholeConfig::of(true, false)];
+    let possible = configs
         .into_iter()
-        .filter(|bv| WholeConfig::is_for_heads(tiles, arch) && (*bv == 64 || tiles.v > 64));
-    widths.map(|bv| whole_unit::<T>(tiles, WholeConfig { bv, stages: 3 }, forms, keeps)).collect()
+        .filter(|config| WholeConfig::is_for_heads(tiles, arch) && (config.bv == 64 || tiles.v > 64));
+    possible.map(|config| whole_unit::<T>(tiles, config, forms, keeps)).collect()
 }
 
 /// Twin of `fla::gated_delta::ChunkFwdParams`.
@@ -246,4 +259,26 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
         Field::new("hv", "fla::i32", offset_of!(Self, hv)),
         Field::new("scale", "float", offset_of!(Self, scale)),
     ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ChunkTiles, Shape, WholeConfig};
+    use crate::chunk_tiles::{Direction, H200_SMEM_BYTES};
+    use fla_core::{Arch, DType, SeqLens};
+
+    #[test]
+    fn grouped_heads_take_it_and_few_of_them_have_two_that_prepare() {
+        let tiles = ChunkTiles::new(DType::Bf16, 128, 128, Direction::Forward);
+        let choice = |b, h, hv| {
+            let shape = Shape { seqs: SeqLens::dense(b, 8192), h, hv, k: 128, v: 128 };
+            assert!(WholeConfig::is_for(&tiles, &shape, false, Arch::SM_90));
+            let config = WholeConfig::new(&tiles, &shape, 132);
+            assert!(config.smem_bytes(&tiles) <= H200_SMEM_BYTES, "{config:?}");
+            (config.bv, config.preparers)
+        };
+        assert_eq!(choice(1, 64, 64), (64, 1));
+        assert_eq!(choice(1, 16, 64), (64, 2));
+        assert_eq!(choice(4, 16, 64), (128, 1));
+    }
 }

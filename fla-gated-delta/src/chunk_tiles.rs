@@ -209,16 +209,45 @@ impl ScanConfig {
         if let Some(config) = fitting.iter().take(2).find(fills) {
             return Some(*config);
         }
-        let longest = (0..seqs.n()).filter_map(|i_n| seqs.len(i_n)).max().unwrap_or(0);
-        let chunks = longest.div_ceil(tiles.c);
         if let (Some(widest), 1) = (fitting.first(), fitting.first().map_or(2, |config| config.warps_k)) {
-            let slices = states.saturating_mul(widest.slices(tiles)).max(1);
-            let segment = chunks.div_ceil((sm_count as usize / slices).max(1)).max(MIN_SEGMENT);
+            let (chunks, segment) = widest.segments(tiles, (seqs, hv), sm_count);
             if chunks >= 2 * segment {
                 return Some(Self { segment: Some(segment), ..*widest });
             }
         }
         fitting.iter().find(fills).or(fitting.last()).copied()
+    }
+
+    /// Chunks of the longest sequence, and of segments of it that fill the GPU.
+    fn segments(&self, tiles: &ChunkTiles, (seqs, hv): (&SeqLens, usize), sm_count: u32) -> (usize, usize) {
+        let longest = (0..seqs.n()).filter_map(|i_n| seqs.len(i_n)).max().unwrap_or(0);
+        let chunks = longest.div_ceil(tiles.c);
+        let slices = seqs.n().saturating_mul(hv).saturating_mul(self.slices(tiles)).max(1);
+        (chunks, chunks.div_ceil((sm_count as usize / slices).max(1)).max(MIN_SEGMENT))
+    }
+
+    /// The choice for a backward pass whose gradients one kernel makes, a whole head in a block: where heads do not fill the
+    /// GPU, segments of them do, even where the scans alone would rather have narrow slices of whole sequences.
+    pub(crate) fn cut_for_whole(
+        self,
+        tiles: &ChunkTiles,
+        (seqs, hv): (&SeqLens, usize),
+        sm_count: u32,
+        smem_bytes: usize,
+    ) -> Self {
+        let fill = |count: usize| count.saturating_mul(hv) >= sm_count as usize * 3 / 4;
+        let fills = fill(seqs.n());
+        let widest = Self::all(tiles, smem_bytes).next().filter(|config| config.warps_k == 1);
+        let (false, None, Some(widest)) = (fills, self.segment, widest) else { return self };
+        let (chunks, segment) = widest.segments(tiles, (seqs, hv), sm_count);
+        let lens = (0..seqs.n()).filter_map(|i_n| seqs.len(i_n));
+        let count = lens.map(|len| len.div_ceil(tiles.c).div_ceil(segment).max(1)).sum();
+        // Two of an odd number of chunks are not alike, and worth it all the same.
+        if chunks + 1 >= 2 * segment && fill(count) {
+            Self { segment: Some(segment), ..widest }
+        } else {
+            self
+        }
     }
 
     /// Every width that fits, the widest first, with as many stages as fit.
@@ -504,6 +533,24 @@ mod tests {
         assert_eq!(choice(4, 2048, 16), (4, None));
         assert_eq!(choice(1, 512, 8), (2, None));
         assert_eq!(choice(1, 8192, 32), (8, Some(32)));
+        // One kernel for all gradients has a whole head in a block, and wants more of them than the scans.
+        let for_whole = |b, t, hv| {
+            let heads = (&SeqLens::dense(b, t), hv);
+            let config = ScanConfig::new(&tiles, heads, 132, H200).expect("fits");
+            let config = config.cut_for_whole(&tiles, heads, 132, H200);
+            (config.warps_v, config.segment)
+        };
+        assert_eq!(choice(1, 8192, 64), (4, None));
+        assert_eq!(for_whole(1, 8192, 64), (8, Some(64)));
+        assert_eq!(for_whole(1, 8192, 32), (8, Some(32)));
+        assert_eq!(for_whole(4, 4096, 64), (8, None));
+        assert_eq!(for_whole(1, 8000, 64), (8, Some(63)));
+        assert_eq!(for_whole(1, 512, 64), (4, None));
+        // One long sequence of several does not make enough of them.
+        let seqs = SeqLens::packed(&[0, 8192, 8256, 8320], 8320).expect("valid");
+        let config = ScanConfig::new(&tiles, (&seqs, 20), 132, H200).expect("fits");
+        assert_eq!(config.cut_for_whole(&tiles, (&seqs, 20), 132, H200), config);
+        assert_eq!(for_whole(1, 8192, 80), (4, None));
         assert_eq!(choice(1, 65536, 8), (8, Some(64)));
     }
 }

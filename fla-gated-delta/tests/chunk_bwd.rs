@@ -75,6 +75,28 @@ const CASES: &[Case] = &[
         gates: Gates::Weak,
         ..BASE
     },
+    // The same with value heads that share queries and keys: enough of them, and enough in segments.
+    Case { name: "K = V = 128, 100 grouped heads", t: 130, h: 10, hv: 50, k: 128, v: 128, ..LAYER },
+    Case {
+        name: "K = 64, V = 128, grouped, packed",
+        packed: &[0, 65, 1, 130, 0],
+        h: 5,
+        hv: 20,
+        k: 64,
+        v: 128,
+        ..BASE
+    },
+    Case {
+        name: "K = V = 128, grouped, in segments",
+        b: 1,
+        t: 1030,
+        h: 5,
+        hv: 50,
+        k: 128,
+        v: 128,
+        gates: Gates::Weak,
+        ..BASE
+    },
     Case { name: "packed", packed: &[3, 70, 1, 130], ..LAYER },
     Case { name: "packed with empty members", packed: &[0, 65, 0, 0, 1, 20, 0], k: 128, ..LAYER },
     Case { name: "packed, empty members without states", packed: &[0, 5, 0], initial_state: false, ..BASE },
@@ -344,6 +366,8 @@ fn repeated_keys_written_whole_do_no_harm() {
     assert_eq!(check_repeats::<bf16>(&device, &stream, &case, true), Ok(()));
     let wide = Case { t: 100, h: 50, hv: 50, k: 128, v: 128, ..case };
     assert_eq!(check_repeats::<bf16>(&device, &stream, &wide, true), Ok(()));
+    let grouped = Case { h: 10, ..wide };
+    assert_eq!(check_repeats::<bf16>(&device, &stream, &grouped, true), Ok(()));
 }
 
 #[test]

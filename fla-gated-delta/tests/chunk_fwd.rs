@@ -91,6 +91,11 @@ const CASES: &[Case] = &[
     Case { name: "K = 60, V = 100", t: 70, k: 60, v: 100, ..LAYER },
     Case { name: "K = 33, V = 65: rows that no vector access fits", t: 70, k: 33, v: 65, ..BASE },
     Case { name: "grouped heads", t: 70, h: 2, hv: 8, ..BASE },
+    // Heads for a kernel that prepares chunks by two warpgroups, where there is one, and heads enough for one.
+    Case { name: "grouped heads of 128 channels", t: 330, h: 2, hv: 6, k: 128, v: 128, ..LAYER },
+    Case { name: "grouped heads, packed", packed: &[0, 65, 1, 260, 0], h: 2, hv: 6, k: 128, v: 192, ..BASE },
+    Case { name: "grouped heads, K = 64, V = 128", t: 200, h: 1, hv: 4, k: 64, v: 128, ..LAYER },
+    Case { name: "grouped heads, 128 in all", b: 4, t: 130, h: 8, hv: 32, k: 128, v: 128, ..BASE },
     Case { name: "no gate", t: 70, gate: GateForm::None, ..BASE },
     Case { name: "no gate, strength 1", gate: GateForm::None, beta: BetaForm::One, t: 70, ..BASE },
     Case { name: "raw gate without bias", t: 70, gate: GateForm::Raw, dt_bias: false, ..BASE },
