@@ -78,6 +78,7 @@ concept ChunkBwdConfig = requires {
     Cfg::LOAD_WARP;     // whether loading has a warp of its own
     Cfg::GRAD_SETS;     // sets of warps for gradients, which take chunks by turns
     Cfg::GRAD_WARPS;    // warps of a set: 1, 2 or 4
+    Cfg::GRADS;         // gradients of tokens are wanted, and not only that of the state
     Cfg::K_SPLITS;      // blocks that share the gradients over K, each of which carries D'
     Cfg::KEY_AND_RATE;  // a is a key and b its rate: the transition is diag(e^g) - (a b) a^T
     Cfg::RAW_DECAY;     // g is RWKV-7's raw w, and the log decay -e^{-1/2} sigmoid(w)
@@ -431,7 +432,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     using Stage = ChunkBwdStage<Cfg>;
     constexpr int K = Cfg::K, V = Cfg::V, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
     constexpr int STATE_WARPS = BV / Cfg::STATE_ROWS, M = Cfg::STATE_ROWS / 16;
-    constexpr int SETS = Cfg::GRAD_SETS, GRAD_WARPS = Cfg::GRAD_WARPS, CONSUMERS = STATE_WARPS + GRAD_WARPS;
+    constexpr int SETS = Cfg::GRAD_SETS, GRAD_WARPS = Cfg::GRAD_WARPS, CONSUMERS = STATE_WARPS + (Cfg::GRADS ? GRAD_WARPS : 0);
     constexpr int HEAD = PREP_WARPS<Cfg>;
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkBwdShared<Cfg>*>(s_bytes);
@@ -451,15 +452,15 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
         const auto load = [&](Stage& stage, int i_chunk, int rows) {
             const i64 v0 = at_v + i_chunk * (C * i64(stride_v));
             load_k_tokens(stage, s.prep, i_chunk * (C * i64(stride_k)), stride_k, rows);
-            load_tokens<V, 32>(stage.v, p.v + v0, stride_v, rows, V - work.v0, lane_id());
+            if constexpr (Cfg::GRADS) load_tokens<V, 32>(stage.v, p.v + v0, stride_v, rows, V - work.v0, lane_id());
             load_tokens<V, 32>(stage.d_o, p.d_o + v0, stride_v, rows, V - work.v0, lane_id());
-            load_image<32>(stage.u, saved[work.i_saved + i64(i_chunk) * p.heads].u, work.v0, lane_id());
+            if constexpr (Cfg::GRADS) load_image<32>(stage.u, saved[work.i_saved + i64(i_chunk) * p.heads].u, work.v0, lane_id());
         };
         prepare_chunks<Cfg, true, STATE_WARPS, CONSUMERS>(s.stages, s.prep, chunks, p.scale, load);
         return;
     }
 
-    if (i_warp >= HEAD + STATE_WARPS) {
+    if (Cfg::GRADS && i_warp >= HEAD + STATE_WARPS) {
         const int i_grad = i_warp - HEAD - STATE_WARPS, i_set = i_grad / GRAD_WARPS, i_side = i_grad % GRAD_WARPS;
         const int first = i_split * BLOCK_SLICES<Cfg> + i_side, end = min((i_split + 1) * BLOCK_SLICES<Cfg>, KP<Cfg> / 16);
         const auto fetch = [&](int i, int i_slice) {
@@ -541,29 +542,31 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             mma(x[m], rhs, t_over_rows);
             z[m] = to_a<P>(x[m]);
         }
-        if (i >= SETS) bar_sync(TAKEN<Cfg> + i % SETS, 32 * CONSUMERS);
+        if (Cfg::GRADS && i >= SETS) bar_sync(TAKEN<Cfg> + i % SETS, 32 * CONSUMERS);
         Acc16 dv[M];
         #pragma unroll
         for (int m = 0; m < M; ++m) {
-            store_a(handed.z, col_v + 16 * m, 0, z[m]);
+            if constexpr (Cfg::GRADS) store_a(handed.z, col_v + 16 * m, 0, z[m]);
             zero(dv[m]);
         }
-        #pragma unroll
-        for (int j = 0; j < KP<Cfg> / 16; ++j) {
-            const FragB<P> kk = load_b_transposed(stage.kk, 0, 16 * j);
+        if constexpr (Cfg::GRADS) {
+            #pragma unroll
+            for (int j = 0; j < KP<Cfg> / 16; ++j) {
+                const FragB<P> kk = load_b_transposed(stage.kk, 0, 16 * j);
+                #pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    const FragA<P> d_state = to_a<P>(r_d_state[m][j]);
+                    store_a(handed.d_state, col_v + 16 * m, 16 * j, d_state);
+                    mma(dv[m], d_state, kk);
+                }
+            }
+            bar_arrive(READY<Cfg> + i % SETS, 32 * CONSUMERS);
+            const FragB<P> qk = load_b(stage.qk, 0, 0), ak = load_b(stage.ak, 0, 0);
             #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const FragA<P> d_state = to_a<P>(r_d_state[m][j]);
-                store_a(handed.d_state, col_v + 16 * m, 16 * j, d_state);
-                mma(dv[m], d_state, kk);
+                mma(dv[m], d_o[m], qk);
+                mma(dv[m], z[m], ak);
             }
-        }
-        bar_arrive(READY<Cfg> + i % SETS, 32 * CONSUMERS);
-        const FragB<P> qk = load_b(stage.qk, 0, 0), ak = load_b(stage.ak, 0, 0);
-        #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            mma(dv[m], d_o[m], qk);
-            mma(dv[m], z[m], ak);
         }
 
         // (11)
@@ -578,7 +581,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             }
         }
         if (i + TURNS<Cfg> < chunks.count) bar_arrive(EMPTY<Cfg> + i % TURNS<Cfg>, 32 * (1 + CONSUMERS));
-        if (Cfg::K_SPLITS == 1 || i_split == 0) {
+        if (Cfg::GRADS && (Cfg::K_SPLITS == 1 || i_split == 0)) {
             const int i_chunk = chunks.count - 1 - i;
             Element* dst = p.dv + ((work.bos + i64(i_chunk) * C) * p.h + work.i_h) * V;
             #pragma unroll

@@ -60,6 +60,7 @@ concept ChunkFwdConfig = requires {
     Cfg::LOAD_WARP;     // whether loading has a warp of its own
     Cfg::OUTPUT;        // o is wanted
     Cfg::KEEP_STATES;   // states are wanted
+    Cfg::UNIT;          // in place of values and a state there is the unit matrix: V = K, and the final state is a map of states
     Cfg::KEY_AND_RATE;  // a is a key and b its rate: the transition is diag(e^g) - (a b) a^T
     Cfg::RAW_DECAY;     // g is RWKV-7's raw w, and the log decay -e^{-1/2} sigmoid(w)
 };
@@ -91,9 +92,11 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         const i64 at_v = (work.bos * p.h + work.i_h) * V + work.v0;
         const auto load = [&](ChunkStage<Cfg>& stage, int i_chunk, int rows) {
             load_k_tokens(stage, s.prep, i_chunk * (C * i64(stride_k)), stride_k, rows);
-            load_tokens<V, 32>(
-                stage.v, p.v + at_v + i_chunk * (C * i64(stride_v)), stride_v, rows, V - work.v0, lane_id()
-            );
+            if constexpr (!Cfg::UNIT) {
+                load_tokens<V, 32>(
+                    stage.v, p.v + at_v + i_chunk * (C * i64(stride_v)), stride_v, rows, V - work.v0, lane_id()
+                );
+            }
         };
         prepare_chunks<Cfg, false, CONSUMERS, CONSUMERS>(s.stages, s.prep, work.chunks, p.scale, load);
         return;
@@ -104,7 +107,9 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     const auto at_state = [&] { return (work.i_n * p.h + work.i_h) * K * V; };
     StateRows<Cfg> r_state;
     zero<Cfg>(r_state);
-    if (p.initial_state != nullptr) {
+    if constexpr (Cfg::UNIT) {
+        for_state<Cfg>(r_state, v0, [](i64 i, float& x) { x = i % (V + 1) == 0 ? 1.0f : 0.0f; });
+    } else if (p.initial_state != nullptr) {
         for_state<Cfg>(r_state, v0, [&](i64 i, float& x) { x = p.initial_state[at_state() + i]; });
     }
     auto* saved = reinterpret_cast<SavedChunk<Cfg>*>(p.states) + work.i_saved;
@@ -120,10 +125,12 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         FragA<P> v[M], state[M][HOLDS ? KP<Cfg> / 16 : 1];
         #pragma unroll
         for (int m = 0; m < M; ++m) {
-            v[m] = load_a_transposed<P>(stage.v, col_v + 16 * m);
             zero(u[m]);
             zero(o[m]);
-            mma(u[m], v[m], ak);
+            if constexpr (!Cfg::UNIT) {
+                v[m] = load_a_transposed<P>(stage.v, col_v + 16 * m);
+                mma(u[m], v[m], ak);
+            }
         }
         #pragma unroll
         for (int j = 0; j < KP<Cfg> / 16; ++j) {
@@ -142,11 +149,13 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             }
         }
         if (stage.is_exact()) scale_state<Cfg>(r_state, stage.between);
-        #pragma unroll
-        for (int j = 0; j < KP<Cfg> / 16; ++j) {
-            const FragB<P> kk = load_b(stage.kk, 0, 16 * j);
+        if constexpr (!Cfg::UNIT) {
             #pragma unroll
-            for (int m = 0; m < M; ++m) mma(r_state[m][j], v[m], kk);
+            for (int j = 0; j < KP<Cfg> / 16; ++j) {
+                const FragB<P> kk = load_b(stage.kk, 0, 16 * j);
+                #pragma unroll
+                for (int m = 0; m < M; ++m) mma(r_state[m][j], v[m], kk);
+            }
         }
         if constexpr (IS_TIGHT) t = load_b_transposed(stage.t, 0, 0);
         FragA<P> r_u[M];
