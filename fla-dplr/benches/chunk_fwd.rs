@@ -61,6 +61,7 @@ struct Forward {
     data: Data,
     o: CudaSlice<bf16>,
     states: Option<CudaSlice<u16>>,
+    workspace: CudaSlice<u8>,
     error: f64,
 }
 
@@ -73,7 +74,8 @@ impl Forward {
         let o = stream.alloc_zeros(data.shape().v_len()).expect("fits");
         let states =
             (saved_states == SavedStates::Kept).then(|| stream.alloc_zeros(plan.states_len()).expect("fits"));
-        let mut case = Self { plan, data, o, states, error: f64::NAN };
+        let workspace = stream.alloc_zeros(plan.workspace_bytes()).expect("fits");
+        let mut case = Self { plan, data, o, states, workspace, error: f64::NAN };
         case.run(stream).expect("runs");
         let (want, _) = case.data.reference();
         case.error = verified(Pass::ChunkFwd, Class::Output, &case.data.checked(&case.o), &want);
@@ -84,6 +86,7 @@ impl Forward {
         let [q, k, v, a, b, g, _] = &self.data.device;
         let x = ChunkFwdInputs { q, k, v, a, b, g, initial_state: None };
         let states = self.states.as_mut().map(|states| states as &mut dyn DevicePtrMut<u16>);
-        self.plan.run(stream, &x, &mut ChunkFwdOutputs { o: &mut self.o, final_state: None, states })
+        let mut y = ChunkFwdOutputs { o: &mut self.o, final_state: None, states };
+        self.plan.run(stream, &x, &mut y, &mut self.workspace)
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
-    Arch, ChunkCut, Device, Element, Error, Field, Grid, HeadShares, Kernel, Params, Ptr, PtrMut,
-    SavedStates, Shape, Source, Unit, Workspace, check_align, check_len,
+    Arch, Binder, ChunkCut, Device, Element, Error, Field, Grid, HeadShares, Kernel, Params, Ptr, PtrMut,
+    SavedStates, SeqLens, Shape, Source, Unit, Workspace, check_align, check_len,
 };
 use half::{bf16, f16};
 
@@ -15,6 +15,7 @@ use crate::chunk_fwd::{
     of_share, states_len, variant, variants, with_constants,
 };
 use crate::config::{CHUNK, ChunkConfig, ChunkVariant, Room};
+use crate::segments::{Fold, Maps, Segments};
 
 const SOURCE: Source =
     Source { name: "fla/dplr/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -129,6 +130,8 @@ pub struct ChunkBwdResult<T> {
 /// The states at the starts of chunks are what the forward pass kept, [`SavedStates::Kept`], or the pass first computes
 /// them again from `initial_state` into its workspace, [`SavedStates::Recomputed`]; the gradients are the same bits.
 ///
+/// Segments of sequences are walked side by side as in the forward pass, for what each adds to the gradient of a state first.
+///
 /// # Numerics
 ///
 /// As in the forward pass. The error against the float64 recurrence stays under the rows `dplr, chunk_bwd` of
@@ -146,7 +149,10 @@ pub struct ChunkBwd<T> {
     output: Option<Kernel<ChunkBwdOutputParams<T>>>,
     /// Computes states once more; none when they are kept.
     recompute: Option<ChunkFwd<T>>,
+    of_segments: Option<OfSegments<T>>,
     shape: Shape,
+    /// Sequences that are walked: those of the shape, or their segments.
+    walked: SeqLens,
     cut: ChunkCut,
     /// Heads of a launch, and the elements of what is kept of their chunks.
     shares: HeadShares,
@@ -155,6 +161,15 @@ pub struct ChunkBwd<T> {
     scale: f32,
     /// None when there is nothing to launch.
     grid: Option<Grid>,
+}
+
+/// What a pass over segments does first.
+#[derive(Debug)]
+struct OfSegments<T> {
+    /// What each segment adds to the gradient of a state.
+    kernel: Kernel<ChunkBwdParams<T>>,
+    grid: Option<Grid>,
+    maps: Maps<T>,
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -173,33 +188,53 @@ impl<T: Element> ChunkBwd<T> {
         shape.check(MAX_K, MAX_V)?;
         let scale = options.checked_scale()?;
         let variant = variant::<T>(device.arch(), shape, options);
-        let room = Room::new(device, shape);
+        let slices = variant.slices(&variant.bwd(&Room::of_many_heads(device.arch())));
+        let segments = Segments::new(&shape.seqs, shape.h.saturating_mul(slices), device.sm_count() as usize);
+        let walked = segments.as_ref().map_or(&shape.seqs, |segments| &segments.seqs);
+        let of_walk = Shape { seqs: walked.clone(), ..shape.clone() };
+        let room = Room::new(device, &of_walk);
         let configs = [variant.bwd(&room), variant.bwd_of_few_warps(&room)];
         device.check_smem(shape, variant.bwd_smem_bytes(&configs[0]))?;
-        let (kernel, config) = kernel_that_fits(device, configs, |config| unit::<T>(&variant, config))?;
+        let (kernel, config) =
+            kernel_that_fits(device, configs, |config| unit::<T>(&variant, config, Grads::OfTokens))?;
         let slices = variant.slices(&config);
-        tracing::debug!(?variant, ?config, "dplr chunk_bwd");
-        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
+        tracing::debug!(
+            ?variant,
+            ?config,
+            segments = segments.as_ref().map(|s| s.seqs.n()),
+            "dplr chunk_bwd"
+        );
+        let cut = ChunkCut::new(device, walked, CHUNK)?;
         let blocks = slices * config.k_splits;
         let whole = HeadShares::whole(shape.h);
         let is_large = states_len(&cut, &whole, &variant) > LARGE_STATES;
-        let shares = if options.saved_states == SavedStates::Recomputed && is_large {
+        let shares = if options.saved_states == SavedStates::Recomputed && is_large && segments.is_none() {
             let resident = kernel.blocks_per_sm()? as usize * device.sm_count() as usize;
             HeadShares::most(shape, blocks, resident)
         } else {
             whole
         };
-        let grid = Grid::of_heads(&of_share(shape, &shares), blocks)?;
+        let grid = Grid::of_heads(&of_share(&of_walk, &shares), blocks)?;
         let recompute = match options.saved_states {
             SavedStates::Recomputed => Some(ChunkFwd::of_states(device, shape, options, shares)?),
             SavedStates::Kept => None,
         };
+        let of_segments = segments.map(|segments| {
+            let config = ChunkConfig { k_splits: 1, ..config };
+            Ok::<_, Error>(OfSegments {
+                kernel: device.kernel(&unit::<T>(&variant, &config, Grads::OfState))?,
+                grid: Grid::of_heads(&of_walk, slices)?,
+                maps: Maps::new(device, shape, &segments, options, Fold::Back)?,
+            })
+        });
         Ok(Self {
             kernel,
             output: (slices > 1).then(|| device.kernel(&unit_output::<T>())).transpose()?,
             recompute,
+            of_segments: of_segments.transpose()?,
             states_len: states_len(&cut, &shares, &variant),
             shape: shape.clone(),
+            walked: of_walk.seqs,
             cut,
             shares,
             slices,
@@ -214,12 +249,31 @@ impl<T: Element> ChunkBwd<T> {
         self.states_len
     }
 
-    /// Bytes of the workspace that a run needs: the states where they are recomputed, and sums over slices of V where a head
-    /// has several. Never 0, which drivers refuse to allocate.
+    /// Bytes of the workspace that a run needs: the states where they are recomputed, what segments do to a state where
+    /// sequences are cut into several, and sums over slices of V where a head has several. Never 0, which drivers refuse to
+    /// allocate.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let states = self.recomputed_len().saturating_mul(size_of::<u16>());
-        Workspace::bytes(&[states, self.partial_len().saturating_mul(size_of::<f32>())]).max(256)
+        let f32_bytes = |len: usize| len.saturating_mul(size_of::<f32>());
+        let [maps, ends] = self.segment_lens();
+        Workspace::bytes(&[
+            self.forward_bytes(),
+            self.recomputed_len().saturating_mul(size_of::<u16>()),
+            f32_bytes(self.partial_len()),
+            f32_bytes(maps),
+            f32_bytes(ends),
+        ])
+        .max(256)
+    }
+
+    /// Bytes of the workspace of the forward pass that computes states once more.
+    fn forward_bytes(&self) -> usize {
+        self.recompute.as_ref().map_or(0, ChunkFwd::workspace_bytes)
+    }
+
+    /// Elements of the maps of segments, and of the gradients of the states after them.
+    fn segment_lens(&self) -> [usize; 2] {
+        self.of_segments.as_ref().map_or([0, 0], |of| [of.maps.len, of.maps.states_len])
     }
 
     fn recomputed_len(&self) -> usize {
@@ -251,47 +305,49 @@ impl<T: Element> ChunkBwd<T> {
         self.check_lens(x, dx)?;
         let k_len = self.shape.k_len();
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
+        let mut of_forward = workspace.take::<u8>(self.forward_bytes())?;
         let mut recomputed = workspace.take::<u16>(self.recomputed_len())?;
         let mut partial = workspace.take::<f32>(self.partial_len())?;
+        let [maps_len, ends_len] = self.segment_lens();
+        let mut of_maps = workspace.take::<f32>(maps_len)?;
+        let mut ends = workspace.take::<f32>(ends_len)?;
         let Some(grid) = self.grid else { return Ok(()) };
-        if self.recompute.is_some() || self.output.is_some() {
+        if self.recompute.is_some() || self.of_segments.is_some() || self.output.is_some() {
             // Later launches bind these, when the first has been queued.
             check_aligned(stream, x, dx)?;
         }
+        if let Some(of) = &self.of_segments {
+            let Some(grid) = of.grid else { return Ok(()) };
+            of.kernel.launch(stream, grid, |bind| ChunkBwdParams {
+                d_initial_state: bind.write("workspace", &mut ends),
+                ..self.params(bind, x, 0)
+            })?;
+            let first = (x.d_final_state, "d_final_state");
+            let last = (dx.d_initial_state.as_deref_mut(), "d_initial_state");
+            of.maps.run(stream, &forward_inputs(x), &mut of_maps, &mut ends, first, last)?;
+        }
+        let is_whole = self.of_segments.is_none();
         for first_h in self.shares.firsts() {
             if let Some(forward) = &self.recompute {
-                forward.run_states(stream, &forward_inputs(x), &mut recomputed, first_h)?;
+                forward.run_states(stream, &forward_inputs(x), &mut recomputed, &mut of_forward, first_h)?;
             }
             let states: &dyn DevicePtr<u16> = x.states.unwrap_or(&recomputed);
-            let Shape { seqs, h, .. } = &self.shape;
+            let d_final: Option<&dyn DevicePtr<f32>> = if is_whole { x.d_final_state } else { Some(&ends) };
             self.kernel.launch(stream, grid, |bind| ChunkBwdParams {
-                q: bind.read("q", x.q),
-                k: bind.read("k", x.k),
-                v: bind.read("v", x.v),
-                a: bind.read("a", x.a),
-                b: bind.read("b", x.b),
-                g: bind.read("g", x.g),
                 states: bind.read("states", states),
-                d_o: bind.read("d_o", x.d_o),
-                d_final_state: bind.read_opt("d_final_state", x.d_final_state),
-                cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
-                chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
+                d_final_state: bind.read_opt("d_final_state", d_final),
                 dq: bind.write("dq", &mut *dx.dq),
                 dk: bind.write("dk", &mut *dx.dk),
                 dv: bind.write("dv", &mut *dx.dv),
                 da: bind.write("da", &mut *dx.da),
                 db: bind.write("db", &mut *dx.db),
                 dg: bind.write("dg", &mut *dx.dg),
-                d_initial_state: bind.write_opt("d_initial_state", dx.d_initial_state.as_deref_mut()),
+                d_initial_state: match dx.d_initial_state.as_deref_mut() {
+                    Some(state) if is_whole => bind.write("d_initial_state", state),
+                    _ => PtrMut::NULL,
+                },
                 partial: bind.write_opt("workspace", self.output.is_some().then_some(&mut partial)),
-                n: seqs.n() as i64,
-                t: seqs.t() as i64,
-                partial_len: k_len as i64,
-                // `new` has checked that H fits.
-                h: *h as i32,
-                first_h: first_h as i32,
-                heads: self.shares.heads as i32,
-                scale: self.scale,
+                ..self.params(bind, x, first_h)
             })?;
         }
         let Some(output) = &self.output else { return Ok(()) };
@@ -310,6 +366,44 @@ impl<T: Element> ChunkBwd<T> {
             len: k_len as i64,
             slices: self.slices as i32,
         })
+    }
+
+    /// The inputs that every launch has in common, and nothing else.
+    fn params<'a>(
+        &'a self,
+        bind: &mut Binder<'a>,
+        x: &ChunkBwdInputs<'a, T>,
+        first_h: usize,
+    ) -> ChunkBwdParams<T> {
+        ChunkBwdParams {
+            q: bind.read("q", x.q),
+            k: bind.read("k", x.k),
+            v: bind.read("v", x.v),
+            a: bind.read("a", x.a),
+            b: bind.read("b", x.b),
+            g: bind.read("g", x.g),
+            states: Ptr::NULL,
+            d_o: bind.read("d_o", x.d_o),
+            d_final_state: Ptr::NULL,
+            cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
+            chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
+            dq: PtrMut::NULL,
+            dk: PtrMut::NULL,
+            dv: PtrMut::NULL,
+            da: PtrMut::NULL,
+            db: PtrMut::NULL,
+            dg: PtrMut::NULL,
+            d_initial_state: PtrMut::NULL,
+            partial: PtrMut::NULL,
+            n: self.walked.n() as i64,
+            t: self.walked.t() as i64,
+            partial_len: self.shape.k_len() as i64,
+            // `new` has checked that H fits.
+            h: self.shape.h as i32,
+            first_h: first_h as i32,
+            heads: self.shares.heads as i32,
+            scale: self.scale,
+        }
     }
 
     fn check_lens(&self, x: &ChunkBwdInputs<'_, T>, dx: &ChunkBwdOutputs<'_, T>) -> Result<(), Error> {
@@ -425,31 +519,45 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let room = Room::of_many_heads(arch);
     let mut out = vec![unit_output::<f32>(), unit_output::<bf16>(), unit_output::<f16>()];
     for variant in variants(arch) {
-        out.push(any_unit::<bf16>(&variant, &room));
+        out.push(any_unit::<bf16>(&variant, &room, Grads::OfTokens));
         if (variant.k, variant.v) == (64, 64) {
-            out.push(any_unit::<bf16>(&variant, &Room::of_few_heads(arch)));
+            out.push(any_unit::<bf16>(&variant, &Room::of_few_heads(arch), Grads::OfTokens));
+            out.push(any_unit::<bf16>(&variant, &room, Grads::OfState));
         }
         if is_plain(&variant) {
-            out.push(any_unit::<f32>(&variant, &room));
-            out.push(any_unit::<f16>(&variant, &room));
+            out.push(any_unit::<f32>(&variant, &room, Grads::OfTokens));
+            out.push(any_unit::<f16>(&variant, &room, Grads::OfTokens));
         }
     }
     out
 }
 
-/// The kernel of a variant in this type.
-pub(crate) fn any_unit<T: Element>(variant: &ChunkVariant, room: &Room) -> Unit {
-    let variant = ChunkVariant { dtype: T::DTYPE, ..*variant };
-    unit::<T>(&variant, &variant.bwd(room))
+/// What a backward kernel writes, beside the gradient of the initial state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grads {
+    OfTokens,
+    /// Nothing beside it.
+    OfState,
 }
 
-fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig) -> Unit {
-    let unit = Unit::new::<ChunkBwdParams<T>>("dplr", "chunk_bwd", SOURCE, config.threads())
+/// The kernel of a variant in this type.
+pub(crate) fn any_unit<T: Element>(variant: &ChunkVariant, room: &Room, grads: Grads) -> Unit {
+    let variant = ChunkVariant { dtype: T::DTYPE, ..*variant };
+    unit::<T>(&variant, &variant.bwd(room), grads)
+}
+
+fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, grads: Grads) -> Unit {
+    let threads = match grads {
+        Grads::OfTokens => config.threads(),
+        Grads::OfState => config.threads_of_state(),
+    };
+    let unit = Unit::new::<ChunkBwdParams<T>>("dplr", "chunk_bwd", SOURCE, threads)
         .with_smem_bytes(variant.bwd_smem_bytes(config) as u32);
     let unit = if variant.is_tight() { unit.with_spill_limit(SPILL_LIMIT) } else { unit };
     with_constants::<T>(unit, variant, config)
         .with("GRAD_SETS", config.grad_sets as i32)
         .with("GRAD_WARPS", config.grad_warps as i32)
+        .with("GRADS", grads == Grads::OfTokens)
         .with("K_SPLITS", config.k_splits as i32)
 }
 

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
     Arch, ChunkCut, Device, Element, Error, Field, Grid, HeadShares, Kernel, Params, Ptr, PtrMut,
-    SavedStates, Shape, Source, Unit, check_len,
+    SavedStates, Shape, Source, Unit, Workspace, check_align, check_len,
 };
 use half::{bf16, f16};
 
 use crate::Transition;
 use crate::config::{CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant, Room};
+use crate::segments::{Fold, Maps, Segments};
 
 /// Largest K and V of the chunk passes: a block holds whole columns of the state.
 pub(crate) const MAX_K: usize = 256;
@@ -160,6 +161,10 @@ pub struct ChunkFwdResult<T> {
 /// `T` is f32, bf16 or f16; K and V are at most 256, any size. A sequence without tokens
 /// hands its state through. The values of `g` are not checked: above 0 the state grows. Lengths have to be known to the host.
 ///
+/// Where there are few heads for a GPU, long sequences are cut into segments that blocks walk side by side: once for what a
+/// segment adds to a state of zero, once from the unit matrix for the matrix that it multiplies a state with, and, when a
+/// small kernel has made the states at their starts of both, once for everything else. That is exact whatever the decay.
+///
 /// `states` holds bits of bf16: for each of the NT chunks and each head images of the state before it and of u, K and V rounded
 /// up to multiples of 16, so 2 (K + 16) V bytes for 16 tokens; for f32 and f16 vectors two images whose sum they are. Nothing but
 /// [`ChunkBwd`](crate::ChunkBwd) of the same version reads them.
@@ -176,16 +181,18 @@ pub struct ChunkFwdResult<T> {
 /// arXiv:2503.14456.
 #[derive(Debug)]
 pub struct ChunkFwd<T> {
-    kernel: Kernel<ChunkFwdParams<T>>,
+    walk: Walk<T>,
+    of_segments: Option<OfSegments<T>>,
     writes: ChunkFwdWrites,
     shape: Shape,
-    cut: ChunkCut,
-    /// Heads of a launch, and the elements of what it keeps of chunks.
-    shares: HeadShares,
-    states_len: usize,
-    scale: f32,
-    /// None when there is nothing to launch.
-    grid: Option<Grid>,
+}
+
+/// What a pass over segments does first.
+#[derive(Debug)]
+struct OfSegments<T> {
+    /// What each segment adds to a state of zero.
+    values: Walk<T>,
+    maps: Maps<T>,
 }
 
 const fn is_shareable<T: Send + Sync>() {}
@@ -226,45 +233,54 @@ impl<T: Element> ChunkFwd<T> {
         shares: HeadShares,
     ) -> Result<Self, Error> {
         shape.check(MAX_K, MAX_V)?;
-        let scale = options.checked_scale()?;
-        let variant = variant::<T>(device.arch(), shape, options);
-        let room = Room::new(device, shape);
-        let configs = [variant.fwd(&room, writes), variant.fwd_of_few_warps(&room)];
-        device.check_smem(shape, variant.fwd_smem_bytes(&configs[0]))?;
-        let (kernel, config) =
-            kernel_that_fits(device, configs, |config| unit::<T>(&variant, config, writes))?;
-        tracing::debug!(?variant, ?config, ?writes, "dplr chunk_fwd");
-        let grid = Grid::of_heads(&of_share(shape, &shares), variant.slices(&config))?;
-        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
+        let blocks = shape.h.saturating_mul(variant::<T>(device.arch(), shape, options).fwd_slices());
+        // The same whatever is written, so that states have the same bits.
+        let segments = Segments::new(&shape.seqs, blocks, device.sm_count() as usize);
+        let Some(segments) = segments.filter(|_| shares.count == 1) else {
+            let walk = Walk::of_shares(device, shape, options, writes, shares)?;
+            return Ok(Self { walk, of_segments: None, writes, shape: shape.clone() });
+        };
+        tracing::debug!(segments = segments.seqs.n(), ?writes, "dplr chunk_fwd");
+        let of_states = Shape { seqs: segments.seqs.clone(), ..shape.clone() };
+        let maps = Maps::new(device, shape, &segments, options, Fold::Forward)?;
+        let values = Walk::new(device, &of_states, options, ChunkFwdWrites::FinalState)?;
         Ok(Self {
-            kernel,
+            walk: Walk::new(device, &of_states, options, writes)?,
+            of_segments: Some(OfSegments { values, maps }),
             writes,
-            states_len: states_len(&cut, &shares, &variant),
             shape: shape.clone(),
-            cut,
-            shares,
-            scale,
-            grid,
         })
     }
 
     /// Elements of the output `states`.
     #[must_use]
     pub fn states_len(&self) -> usize {
-        self.states_len
+        self.walk.states_len
+    }
+
+    /// Bytes of the workspace that a run needs: what segments do to a state, where sequences are cut into several. Never 0,
+    /// which drivers refuse to allocate.
+    #[must_use]
+    pub fn workspace_bytes(&self) -> usize {
+        let f32_bytes = |len: usize| len.saturating_mul(size_of::<f32>());
+        let parts = self.of_segments.as_ref().map_or([0, 0], |of| [of.maps.len, of.maps.states_len]);
+        Workspace::bytes(&parts.map(f32_bytes)).max(256)
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
     ///
+    /// `workspace` has [`Self::workspace_bytes`] bytes and starts at a multiple of 256; its contents do not matter.
+    ///
     /// # Errors
     ///
     /// [`Error::Len`], [`Error::Align`] and [`Error::Presence`], which name the tensor; [`Error::Context`] when the
-    /// stream belongs to another context; [`Error::Driver`] when the launch is refused. Nothing has been launched then.
+    /// stream belongs to another context; nothing has been launched then. [`Error::Driver`] when a launch is refused.
     pub fn run(
         &self,
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
         y: &mut ChunkFwdOutputs<'_, T>,
+        workspace: &mut dyn DevicePtrMut<u8>,
     ) -> Result<(), Error> {
         self.check_inputs(x)?;
         check_len("o", "[B, T, H, V]", self.shape.v_len(), y.o.len())?;
@@ -274,7 +290,7 @@ impl<T: Element> ChunkFwd<T> {
         let presence = |wanted| Err(Error::Presence { tensor: "states", wanted });
         match (&y.states, self.writes.states()) {
             (Some(states), true) => {
-                check_len("states", "states_len() of the plan", self.states_len, states.len())?;
+                check_len("states", "states_len() of the plan", self.states_len(), states.len())?;
             }
             (None, false) => {}
             (None, true) => return presence("must be given, since the plan is for states that are kept"),
@@ -285,7 +301,7 @@ impl<T: Element> ChunkFwd<T> {
             final_state: y.final_state.as_deref_mut(),
             states: y.states.as_deref_mut(),
         };
-        self.launch(stream, x, wanted, 0)
+        self.launch(stream, x, wanted, workspace, 0)
     }
 
     /// Runs a plan that [`Self::of_states`] made, for the share of heads that begins with head `first_h`.
@@ -294,9 +310,11 @@ impl<T: Element> ChunkFwd<T> {
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
         states: &mut dyn DevicePtrMut<u16>,
+        workspace: &mut dyn DevicePtrMut<u8>,
         first_h: usize,
     ) -> Result<(), Error> {
-        self.launch(stream, x, Wanted { o: None, final_state: None, states: Some(states) }, first_h)
+        let wanted = Wanted { o: None, final_state: None, states: Some(states) };
+        self.launch(stream, x, wanted, workspace, first_h)
     }
 
     fn check_inputs(&self, x: &ChunkFwdInputs<'_, T>) -> Result<(), Error> {
@@ -315,6 +333,88 @@ impl<T: Element> ChunkFwd<T> {
         &self,
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
+        mut y: Wanted<'_, '_, T>,
+        workspace: &mut dyn DevicePtrMut<u8>,
+        first_h: usize,
+    ) -> Result<(), Error> {
+        let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
+        let Some(OfSegments { values, maps }) = &self.of_segments else {
+            return self.walk.launch(stream, x, x.initial_state, y, first_h);
+        };
+        // Later launches bind these, when the first has been queued.
+        y.check_aligned(stream)?;
+        if let Some(state) = x.initial_state {
+            check_align("initial_state", state.device_ptr(stream).0)?;
+        }
+        let mut of_maps = workspace.take::<f32>(maps.len)?;
+        let mut starts = workspace.take::<f32>(maps.states_len)?;
+        let added = Wanted { o: None, final_state: Some(&mut starts), states: None };
+        values.launch(stream, x, None, added, 0)?;
+        let (first, last) = ((x.initial_state, "initial_state"), (y.final_state.take(), "final_state"));
+        maps.run(stream, x, &mut of_maps, &mut starts, first, last)?;
+        self.walk.launch(stream, x, Some(&starts), y, 0)
+    }
+}
+
+/// One launch: a walk over the chunks of every sequence, or of every segment.
+#[derive(Debug)]
+pub(crate) struct Walk<T> {
+    kernel: Kernel<ChunkFwdParams<T>>,
+    shape: Shape,
+    cut: ChunkCut,
+    /// Heads of a launch, and the elements of what it keeps of chunks.
+    shares: HeadShares,
+    states_len: usize,
+    scale: f32,
+    /// None when there is nothing to launch.
+    grid: Option<Grid>,
+}
+
+impl<T: Element> Walk<T> {
+    /// All heads at once. A map is of a shape whose V is K.
+    pub(crate) fn new(
+        device: &Device,
+        shape: &Shape,
+        options: &ChunkFwdOptions,
+        writes: ChunkFwdWrites,
+    ) -> Result<Self, Error> {
+        Self::of_shares(device, shape, options, writes, HeadShares::whole(shape.h))
+    }
+
+    fn of_shares(
+        device: &Device,
+        shape: &Shape,
+        options: &ChunkFwdOptions,
+        writes: ChunkFwdWrites,
+        shares: HeadShares,
+    ) -> Result<Self, Error> {
+        let scale = options.checked_scale()?;
+        let variant = variant::<T>(device.arch(), shape, options);
+        let room = Room::new(device, shape);
+        let configs = [variant.fwd(&room, writes), variant.fwd_of_few_warps(&room)];
+        device.check_smem(shape, variant.fwd_smem_bytes(&configs[0]))?;
+        let (kernel, config) =
+            kernel_that_fits(device, configs, |config| unit::<T>(&variant, config, writes))?;
+        tracing::debug!(?variant, ?config, ?writes, "dplr chunk_fwd");
+        let grid = Grid::of_heads(&of_share(shape, &shares), variant.slices(&config))?;
+        let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
+        Ok(Self {
+            kernel,
+            states_len: states_len(&cut, &shares, &variant),
+            shape: shape.clone(),
+            cut,
+            shares,
+            scale,
+            grid,
+        })
+    }
+
+    /// Queues the walk, from these states.
+    pub(crate) fn launch(
+        &self,
+        stream: &CudaStream,
+        x: &ChunkFwdInputs<'_, T>,
+        initial_state: Option<&dyn DevicePtr<f32>>,
         y: Wanted<'_, '_, T>,
         first_h: usize,
     ) -> Result<(), Error> {
@@ -327,7 +427,7 @@ impl<T: Element> ChunkFwd<T> {
             a: bind.read("a", x.a),
             b: bind.read("b", x.b),
             g: bind.read("g", x.g),
-            initial_state: bind.read_opt("initial_state", x.initial_state),
+            initial_state: bind.read_opt("initial_state", initial_state),
             cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
             chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
             o: bind.write_opt("o", y.o),
@@ -335,7 +435,7 @@ impl<T: Element> ChunkFwd<T> {
             states: bind.write_opt("states", y.states),
             n: seqs.n() as i64,
             t: seqs.t() as i64,
-            // `new` has checked that H fits.
+            // The plan has checked that H fits.
             h: *h as i32,
             first_h: first_h as i32,
             heads: self.shares.heads as i32,
@@ -345,13 +445,29 @@ impl<T: Element> ChunkFwd<T> {
 }
 
 /// Outputs of a launch; their lengths have been checked.
-struct Wanted<'a, 'b, T> {
-    o: Option<&'a mut (dyn DevicePtrMut<T> + 'b)>,
-    final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
-    states: Option<&'a mut (dyn DevicePtrMut<u16> + 'b)>,
+pub(crate) struct Wanted<'a, 'b, T> {
+    pub(crate) o: Option<&'a mut (dyn DevicePtrMut<T> + 'b)>,
+    pub(crate) final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
+    pub(crate) states: Option<&'a mut (dyn DevicePtrMut<u16> + 'b)>,
 }
 
-/// Makes the plan, allocates the outputs and runs, on the stream of `q`.
+impl<T> Wanted<'_, '_, T> {
+    /// Refuses a tensor that a launch would refuse.
+    fn check_aligned(&mut self, stream: &CudaStream) -> Result<(), Error> {
+        if let Some(o) = &mut self.o {
+            check_align("o", o.device_ptr_mut(stream).0)?;
+        }
+        if let Some(state) = &mut self.final_state {
+            check_align("final_state", state.device_ptr_mut(stream).0)?;
+        }
+        if let Some(states) = &mut self.states {
+            check_align("states", states.device_ptr_mut(stream).0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Makes the plan, allocates outputs and workspace and runs, on the stream of `q`.
 ///
 /// # Errors
 ///
@@ -378,7 +494,8 @@ pub fn chunk_fwd<T: Element>(
         final_state: Some(&mut y.final_state),
         states: y.states.as_mut().map(|states| states as &mut dyn DevicePtrMut<u16>),
     };
-    plan.run(&stream, x, &mut outputs)?;
+    let mut workspace = device.alloc::<u8>(&stream, plan.workspace_bytes())?;
+    plan.run(&stream, x, &mut outputs, &mut workspace)?;
     Ok(y)
 }
 
@@ -451,6 +568,7 @@ pub(crate) fn units(arch: Arch) -> Vec<Unit> {
         out.push(output_and_states);
         if (variant.k, variant.v) == (64, 64) {
             out.extend([output, states]);
+            out.extend(units_of_segments::<bf16>(&variant, &room));
             out.extend(all_units::<bf16>(&variant, &Room::of_few_heads(arch)));
         }
         if is_plain(&variant) {
@@ -469,6 +587,15 @@ pub(crate) fn all_units<T: Element>(variant: &ChunkVariant, room: &Room) -> [Uni
     ChunkFwdWrites::ALL.map(|writes| unit::<T>(&variant, &variant.fwd(room, writes), writes))
 }
 
+/// The kernels for what segments do to a state.
+pub(crate) fn units_of_segments<T: Element>(variant: &ChunkVariant, room: &Room) -> [Unit; 2] {
+    ChunkFwdWrites::OF_SEGMENTS.map(|writes| {
+        let v = if writes == ChunkFwdWrites::Map { variant.k } else { variant.v };
+        let variant = ChunkVariant { dtype: T::DTYPE, v, ..*variant };
+        unit::<T>(&variant, &variant.fwd(room, writes), writes)
+    })
+}
+
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkFwdWrites) -> Unit {
     let unit = Unit::new::<ChunkFwdParams<T>>("dplr", "chunk_fwd", SOURCE, config.threads())
         .with_smem_bytes(variant.fwd_smem_bytes(config) as u32);
@@ -477,6 +604,7 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkConfig, writes: ChunkF
     with_constants::<T>(unit, variant, config)
         .with("OUTPUT", writes.output())
         .with("KEEP_STATES", writes.states())
+        .with("UNIT", writes == ChunkFwdWrites::Map)
 }
 
 /// What both passes are compiled with.
@@ -547,10 +675,14 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arch, ChunkVariant, Decay, Element, Room, Transition, all_units, bf16, f16};
-    use crate::chunk_bwd;
+    use super::{
+        Arch, ChunkVariant, Decay, Element, Room, Transition, all_units, bf16, f16, units_of_segments,
+    };
+    use crate::chunk_bwd::{self, Grads};
     use fla_core::compile::compile;
     use fla_core::testing::nvrtc;
+
+    const GRADS: [Grads; 2] = [Grads::OfTokens, Grads::OfState];
 
     /// A plan of any shape has to find registers: what spills is refused, and the shape with it.
     fn failures<T: Element>(heads: &[(usize, usize)]) -> Vec<String> {
@@ -562,8 +694,9 @@ mod tests {
             let variant = ChunkVariant { arch: Arch::SM_90, dtype: T::DTYPE, k, v, transition, decay };
             let mut units = Vec::new();
             for room in [Room::of_many_heads(Arch::SM_90), Room::of_few_heads(Arch::SM_90)] {
-                units.push(chunk_bwd::any_unit::<T>(&variant, &room));
+                units.extend(GRADS.map(|grads| chunk_bwd::any_unit::<T>(&variant, &room, grads)));
                 units.extend(all_units::<T>(&variant, &room));
+                units.extend(units_of_segments::<T>(&variant, &room));
             }
             units.dedup_by_key(|unit| unit.text());
             failures.extend(

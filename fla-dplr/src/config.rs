@@ -263,25 +263,35 @@ pub(crate) enum ChunkFwdWrites {
     Output,
     OutputAndStates,
     States,
+    /// Nothing beside it.
+    FinalState,
+    /// Nothing beside it, which is the map of a state: the walk is one of the unit matrix without values.
+    Map,
 }
 
 impl ChunkFwdWrites {
     pub(crate) const ALL: [Self; 3] = [Self::Output, Self::OutputAndStates, Self::States];
+    pub(crate) const OF_SEGMENTS: [Self; 2] = [Self::FinalState, Self::Map];
 
     pub(crate) const fn output(self) -> bool {
-        !matches!(self, Self::States)
+        matches!(self, Self::Output | Self::OutputAndStates)
     }
 
     pub(crate) const fn states(self) -> bool {
-        !matches!(self, Self::Output)
+        matches!(self, Self::OutputAndStates | Self::States)
     }
 }
 
 impl ChunkConfig {
     /// Threads of a block: the warps that prepare, those that carry the state, and those of the gradients.
     pub(crate) fn threads(&self) -> u32 {
+        self.threads_of_state() + (32 * self.grad_sets * self.grad_warps) as u32
+    }
+
+    /// The same without gradients.
+    pub(crate) fn threads_of_state(&self) -> u32 {
         let preparing = self.prep_groups * (self.scale_warps + 1) + usize::from(self.load_warp);
-        (32 * (preparing + self.bv / self.state_rows + self.grad_sets * self.grad_warps)) as u32
+        (32 * (preparing + self.bv / self.state_rows)) as u32
     }
 
     /// Named barriers of a block: two for a group that prepares, two for a turn and three for a set of gradient warps.
@@ -313,6 +323,12 @@ impl ChunkVariant {
     /// Blocks that share V.
     pub(crate) fn slices(&self, config: &ChunkConfig) -> usize {
         self.v.div_ceil(config.bv)
+    }
+
+    /// Blocks that share the columns of a state, or of a map, where there are heads for all multiprocessors.
+    pub(crate) fn fwd_slices(&self) -> usize {
+        let config = self.fwd(&Room::of_many_heads(self.arch), ChunkFwdWrites::Output);
+        self.v.max(self.k).div_ceil(config.bv)
     }
 
     /// Whether tokens have whole copies of 16 bytes; what loads others takes registers.

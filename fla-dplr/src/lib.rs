@@ -6,6 +6,7 @@ mod recurrent_bwd;
 mod recurrent_fwd;
 
 mod config;
+mod segments;
 
 pub use fla_core::{
     Arch, Cache, Device, Element, Error, FinalState, RawSlice, SavedStates, SeqLens, Shape, StateElement,
@@ -30,6 +31,7 @@ pub use crate::recurrent_fwd::{
 pub fn units(arch: Arch) -> Vec<fla_core::Unit> {
     let mut units = chunk_fwd::units(arch);
     units.extend(chunk_bwd::units(arch));
+    units.extend(segments::units());
     units.extend(recurrent_fwd::units(arch));
     units.extend(recurrent_bwd::units(arch));
     units

@@ -63,7 +63,8 @@ fn run<T: Poison>(
             let x = ChunkFwdInputs { q, k, v, a, b, g, initial_state };
             let mut view = states.view_mut();
             let mut y = ChunkFwdOutputs { o: &mut o.view_mut(), final_state: None, states: Some(&mut view) };
-            forward.run(stream, &x, &mut y)?;
+            let mut workspace = Bits::new(stream, forward.workspace_bytes(), u8::MAX);
+            forward.run(stream, &x, &mut y, &mut workspace.view_mut())?;
             states.read("states");
             Some(states)
         }

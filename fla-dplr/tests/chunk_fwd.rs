@@ -40,6 +40,8 @@ fn run<T: Poison>(
     let plan = ChunkFwd::<T>::new(device, &shape, &case.options(saved_states))?;
     let mut states =
         (saved_states == SavedStates::Kept).then(|| Bits::new(stream, plan.states_len(), u16::MAX));
+    // Nothing may be read in the workspace before it is written.
+    let mut workspace = Bits::new(stream, plan.workspace_bytes(), u8::MAX);
     {
         let views = inputs.each_ref().map(Guarded::view);
         let [q, k, v, a, b, g, _] = &views;
@@ -50,8 +52,10 @@ fn run<T: Poison>(
         let mut states = states.as_mut().map(Bits::view_mut);
         let final_state = last.as_mut().map(|s| s as &mut dyn DevicePtrMut<f32>);
         let states = states.as_mut().map(|s| s as &mut dyn DevicePtrMut<u16>);
-        plan.run(stream, &x, &mut ChunkFwdOutputs { o: &mut o, final_state, states })?;
+        let mut y = ChunkFwdOutputs { o: &mut o, final_state, states };
+        plan.run(stream, &x, &mut y, &mut workspace.view_mut())?;
     }
+    workspace.read("workspace");
     let states = states.map(|states| states.read("states"));
     Ok(Got { o: o.read(), final_state: last.as_mut().map(Guarded::read), states })
 }
@@ -161,11 +165,13 @@ fn a_captured_graph_gives_the_same_bits() {
     let plan =
         ChunkFwd::<bf16>::new(&device, &case.shape(), &case.options(SavedStates::Recomputed)).expect("valid");
     let mut o = stream.alloc_zeros::<bf16>(got.o.len()).expect("fits");
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).expect("fits");
     let replay = bench
         .capture(1, |stream, _| {
             let x =
                 ChunkFwdInputs { q: &q, k: &k, v: &v, a: &a, b: &b, g: &g, initial_state: Some(&initial) };
-            plan.run(stream, &x, &mut ChunkFwdOutputs { o: &mut o, final_state: None, states: None })
+            let mut y = ChunkFwdOutputs { o: &mut o, final_state: None, states: None };
+            plan.run(stream, &x, &mut y, &mut workspace)
         })
         .expect("captures");
     for _ in 0..2 {
@@ -230,37 +236,41 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     ];
     let x = ChunkFwdInputs { q: &k, k: &k, v: &v, a: &k, b: &k, g: &k, initial_state: Some(&s) };
     let mut o = Guarded::<f32>::output(&stream, "o", 64);
+    let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).expect("fits");
     for (name, spoil) in spoils {
         let mut x = x;
         spoil(&mut x, &bad);
         let mut view = o.view_mut();
         let mut y = ChunkFwdOutputs { o: &mut view, final_state: None, states: None };
-        let text = plan.run(&stream, &x, &mut y).expect_err(name).to_string();
+        let text = plan.run(&stream, &x, &mut y, &mut workspace).expect_err(name).to_string();
         assert!(text.starts_with(&format!("`{name}` is [")) && text.ends_with("but holds 127"), "{text}");
     }
     let x_odd = ChunkFwdInputs { k: &misaligned, ..x };
     let mut view = o.view_mut();
-    let error =
-        plan.run(&stream, &x_odd, &mut ChunkFwdOutputs { o: &mut view, final_state: None, states: None });
+    let mut y = ChunkFwdOutputs { o: &mut view, final_state: None, states: None };
+    let error = plan.run(&stream, &x_odd, &mut y, &mut workspace);
     assert!(matches!(error, Err(Error::Align { tensor: "k", wanted: 16, .. })), "{error:?}");
     let (mut short, mut spare) = (good(3), good(64));
-    let error =
-        plan.run(&stream, &x, &mut ChunkFwdOutputs { o: &mut short, final_state: None, states: None });
+    let mut y = ChunkFwdOutputs { o: &mut short, final_state: None, states: None };
+    let error = plan.run(&stream, &x, &mut y, &mut workspace);
     assert!(matches!(error, Err(Error::Len { tensor: "o", wanted: 64, got: 3, .. })), "{error:?}");
     let mut y = ChunkFwdOutputs { o: &mut spare, final_state: Some(&mut short), states: None };
-    let error = plan.run(&stream, &x, &mut y);
+    let error = plan.run(&stream, &x, &mut y, &mut workspace);
     assert!(matches!(error, Err(Error::Len { tensor: "final_state", .. })), "{error:?}");
     let mut few = stream.alloc_zeros::<u16>(plan.states_len() - 1).expect("fits");
     let kept = ChunkFwd::<f32>::new(&device, &shape, &options.clone().with_saved_states(SavedStates::Kept))
         .expect("valid");
     let mut y = ChunkFwdOutputs { o: &mut spare, final_state: None, states: Some(&mut few) };
-    let error = kept.run(&stream, &x, &mut y);
+    let error = kept.run(&stream, &x, &mut y, &mut workspace);
     assert!(matches!(error, Err(Error::Len { tensor: "states", .. })), "{error:?}");
-    let text = plan.run(&stream, &x, &mut y).expect_err("states are too many").to_string();
+    let text = plan.run(&stream, &x, &mut y, &mut workspace).expect_err("states are too many").to_string();
     assert_eq!(text, "`states` must be absent, since the plan does not keep states");
     y.states = None;
-    let text = kept.run(&stream, &x, &mut y).expect_err("states are missing").to_string();
+    let text = kept.run(&stream, &x, &mut y, &mut workspace).expect_err("states are missing").to_string();
     assert_eq!(text, "`states` must be given, since the plan is for states that are kept");
+    let mut y = ChunkFwdOutputs { o: &mut spare, final_state: None, states: None };
+    let error = plan.run(&stream, &x, &mut y, &mut stream.alloc_zeros::<u8>(1).expect("fits"));
+    assert!(matches!(error, Err(Error::Len { tensor: "workspace", .. })), "{error:?}");
     // None of the refused calls has written anything.
     assert!(o.read().iter().all(|x| x.is_nan()));
 

@@ -80,6 +80,7 @@ struct Forward {
     o: CudaSlice<bf16>,
     states: Option<CudaSlice<u16>>,
     states_len: usize,
+    workspace: CudaSlice<u8>,
     error: f64,
 }
 
@@ -88,23 +89,24 @@ impl Forward {
         let (device, stream) = (bench.device(), bench.stream());
         let data = Data::new(stream, shape, what.form);
         let options = ChunkFwdOptions::new().with_saved_states(what.saved_states);
-        let (plan, states_len) = match what.form {
+        let (plan, states_len, workspace_bytes) = match what.form {
             Form::Keys => {
                 let plan = ChunkFwd::new(device, data.shape(), &options).expect("compiles");
-                let states_len = plan.states_len();
-                (Plan::Keys(plan), states_len)
+                let (states_len, bytes) = (plan.states_len(), plan.workspace_bytes());
+                (Plan::Keys(plan), states_len, bytes)
             }
             Form::KeyAndRate => {
                 let options = options.with_decay(Decay::Logit);
                 let plan = FusedMulChunkFwd::new(device, data.shape(), &options).expect("compiles");
-                let states_len = plan.states_len();
-                (Plan::KeyAndRate(plan), states_len)
+                let (states_len, bytes) = (plan.states_len(), plan.workspace_bytes());
+                (Plan::KeyAndRate(plan), states_len, bytes)
             }
         };
         let o = stream.alloc_zeros(data.shape().v_len()).expect("fits");
         let states =
             (what.saved_states == SavedStates::Kept).then(|| stream.alloc_zeros(states_len).expect("fits"));
-        let mut case = Self { plan, data, o, states, states_len, error: f64::NAN };
+        let workspace = stream.alloc_zeros(workspace_bytes).expect("fits");
+        let mut case = Self { plan, data, o, states, states_len, workspace, error: f64::NAN };
         case.run(stream).expect("runs");
         let (want, _) = case.data.reference();
         case.error = verified(Pass::ChunkFwd, Class::Output, &case.data.checked(&case.o), &want);
@@ -116,12 +118,15 @@ impl Forward {
         let states = self.states.as_mut().map(|states| states as &mut dyn DevicePtrMut<u16>);
         let mut y = ChunkFwdOutputs { o: &mut self.o, final_state: None, states };
         match &self.plan {
-            Plan::Keys(plan) => {
-                plan.run(stream, &ChunkFwdInputs { r, w, k, v, a, b, initial_state: None }, &mut y)
-            }
+            Plan::Keys(plan) => plan.run(
+                stream,
+                &ChunkFwdInputs { r, w, k, v, a, b, initial_state: None },
+                &mut y,
+                &mut self.workspace,
+            ),
             Plan::KeyAndRate(plan) => {
                 let x = FusedMulChunkFwdInputs { r, w, k, v, kk: a, a: b, initial_state: None };
-                plan.run(stream, &x, &mut y)
+                plan.run(stream, &x, &mut y, &mut self.workspace)
             }
         }
     }

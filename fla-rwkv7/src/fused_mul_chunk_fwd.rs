@@ -1,6 +1,6 @@
 //! The chunk forward pass of RWKV-7 from the normalised key and its rate.
 
-use fla_core::cudarc::driver::{CudaStream, DevicePtr};
+use fla_core::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{Device, Element, Error, Shape};
 use fla_dplr::Transition;
 
@@ -73,7 +73,16 @@ impl<T: Element> FusedMulChunkFwd<T> {
         self.dplr.states_len()
     }
 
+    /// Bytes of the workspace that a run needs: what segments do to a state, where sequences are cut into several. Never 0,
+    /// which drivers refuse to allocate.
+    #[must_use]
+    pub fn workspace_bytes(&self) -> usize {
+        self.dplr.workspace_bytes()
+    }
+
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
+    ///
+    /// `workspace` has [`Self::workspace_bytes`] bytes and starts at a multiple of 256; its contents do not matter.
     ///
     /// # Errors
     ///
@@ -83,8 +92,9 @@ impl<T: Element> FusedMulChunkFwd<T> {
         stream: &CudaStream,
         x: &FusedMulChunkFwdInputs<'_, T>,
         y: &mut ChunkFwdOutputs<'_, T>,
+        workspace: &mut dyn DevicePtrMut<u8>,
     ) -> Result<(), Error> {
-        self.dplr.run(stream, &dplr_inputs(x), &mut dplr_outputs(y)).map_err(own_names)
+        self.dplr.run(stream, &dplr_inputs(x), &mut dplr_outputs(y), workspace).map_err(own_names)
     }
 }
 

@@ -40,11 +40,13 @@ fn run<T: Poison>(
         match case.form {
             Form::Keys => {
                 let x = ChunkFwdInputs { r, w, k, v, a: x4, b: x5, initial_state };
-                ChunkFwd::<T>::new(device, &shape, &options)?.run(stream, &x, &mut y)?;
+                let plan = ChunkFwd::<T>::new(device, &shape, &options)?;
+                plan.run(stream, &x, &mut y, &mut device.alloc(stream, plan.workspace_bytes())?)?;
             }
             Form::KeyAndRate => {
                 let x = FusedMulChunkFwdInputs { r, w, k, v, kk: x4, a: x5, initial_state };
-                FusedMulChunkFwd::<T>::new(device, &shape, &options)?.run(stream, &x, &mut y)?;
+                let plan = FusedMulChunkFwd::<T>::new(device, &shape, &options)?;
+                plan.run(stream, &x, &mut y, &mut device.alloc(stream, plan.workspace_bytes())?)?;
             }
         }
     }

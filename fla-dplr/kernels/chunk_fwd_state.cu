@@ -1,4 +1,4 @@
-// chunk_fold: the states at the starts of segments, from what each segment does to a state.
+// chunk_fwd_state: the states at the starts of segments, from what each segment does to a state.
 //
 //   S_{i+1} = M_i S_i + N_i        (1)
 //
@@ -13,7 +13,7 @@
 
 namespace fla::dplr {
 
-struct ChunkFoldParams {
+struct ChunkFwdStateParams {
     const float* maps;      // [NS, H, K, K]  M
     float* states;          // [NS, H, K, V]  N, then S
     const i64* offsets;     // [N + 1]        segments before each sequence
@@ -23,14 +23,14 @@ struct ChunkFoldParams {
 };
 
 template <class Cfg>
-concept ChunkFoldConfig = requires {
+concept ChunkFwdStateConfig = requires {
     Cfg::K;     // key channels
     Cfg::V;     // value channels
     Cfg::BACK;  // from the last segment to the first, by transposed maps
 };
 
-template <ChunkFoldConfig Cfg>
-__device__ void chunk_fold(const ChunkFoldParams& p) {
+template <ChunkFwdStateConfig Cfg>
+__device__ void chunk_fwd_state(const ChunkFwdStateParams& p) {
     constexpr int K = Cfg::K, V = Cfg::V, COLS = 32, WARPS = 8, SLICES = ceil_div(V, COLS), ROWS = ceil_div(K, WARPS);
     __shared__ float s_state[K][COLS];
     const i64 i_nh = blockIdx.x / SLICES;
