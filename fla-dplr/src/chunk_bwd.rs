@@ -15,7 +15,7 @@ use crate::chunk_fwd::{
     of_share, states_len, variant, variants, with_constants,
 };
 use crate::config::{CHUNK, ChunkConfig, ChunkVariant, Room};
-use crate::segments::{Fold, Maps, Segments};
+use crate::segments::{Ends, Fold, Maps, Segments};
 
 const SOURCE: Source =
     Source { name: "fla/dplr/chunk_bwd.cu", text: include_str!("../kernels/chunk_bwd.cu") };
@@ -254,14 +254,13 @@ impl<T: Element> ChunkBwd<T> {
     /// allocate.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let f32_bytes = |len: usize| len.saturating_mul(size_of::<f32>());
-        let [maps, ends] = self.segment_lens();
+        let [maps, ends] = self.of_segments.as_ref().map_or([0, 0], |of| of.maps.bytes());
         Workspace::bytes(&[
             self.forward_bytes(),
             self.recomputed_len().saturating_mul(size_of::<u16>()),
-            f32_bytes(self.partial_len()),
-            f32_bytes(maps),
-            f32_bytes(ends),
+            self.partial_len().saturating_mul(size_of::<f32>()),
+            maps,
+            ends,
         ])
         .max(256)
     }
@@ -269,11 +268,6 @@ impl<T: Element> ChunkBwd<T> {
     /// Bytes of the workspace of the forward pass that computes states once more.
     fn forward_bytes(&self) -> usize {
         self.recompute.as_ref().map_or(0, ChunkFwd::workspace_bytes)
-    }
-
-    /// Elements of the maps of segments, and of the gradients of the states after them.
-    fn segment_lens(&self) -> [usize; 2] {
-        self.of_segments.as_ref().map_or([0, 0], |of| [of.maps.len, of.maps.states_len])
     }
 
     fn recomputed_len(&self) -> usize {
@@ -308,34 +302,35 @@ impl<T: Element> ChunkBwd<T> {
         let mut of_forward = workspace.take::<u8>(self.forward_bytes())?;
         let mut recomputed = workspace.take::<u16>(self.recomputed_len())?;
         let mut partial = workspace.take::<f32>(self.partial_len())?;
-        let [maps_len, ends_len] = self.segment_lens();
-        let mut of_maps = workspace.take::<f32>(maps_len)?;
-        let mut ends = workspace.take::<f32>(ends_len)?;
+        let mut of_maps = match &self.of_segments {
+            Some(of) => Some(of.maps.parts(&workspace)?),
+            None => None,
+        };
         let Some(grid) = self.grid else { return Ok(()) };
         if self.recompute.is_some() || self.of_segments.is_some() || self.output.is_some() {
             // Later launches bind these, when the first has been queued.
             check_aligned(stream, x, dx)?;
         }
-        if let Some(of) = &self.of_segments {
+        if let (Some(of), Some(parts)) = (&self.of_segments, &mut of_maps) {
             let Some(grid) = of.grid else { return Ok(()) };
             of.kernel.launch(stream, grid, |bind| ChunkBwdParams {
-                d_initial_state: bind.write("workspace", &mut ends),
+                d_initial_state: bind.write("workspace", &mut parts.states),
                 ..self.params(bind, x, 0)
             })?;
-            let first = (x.d_final_state, "d_final_state");
-            let last = (dx.d_initial_state.as_deref_mut(), "d_initial_state");
-            of.maps.run(stream, &forward_inputs(x), &mut of_maps, &mut ends, first, last)?;
+            let ends = Ends { first: x.d_final_state, last: dx.d_initial_state.as_deref_mut() };
+            of.maps.run(stream, &forward_inputs(x), parts, ends)?;
         }
         let is_whole = self.of_segments.is_none();
         for first_h in self.shares.firsts() {
             if let Some(forward) = &self.recompute {
-                forward.run_states(stream, &forward_inputs(x), &mut recomputed, &mut of_forward, first_h)?;
+                let states = (&mut recomputed as &mut dyn DevicePtrMut<u16>, first_h);
+                forward.run_states(stream, &forward_inputs(x), states, &mut of_forward)?;
             }
             let states: &dyn DevicePtr<u16> = x.states.unwrap_or(&recomputed);
-            let d_final: Option<&dyn DevicePtr<f32>> = if is_whole { x.d_final_state } else { Some(&ends) };
+            let ends = of_maps.as_ref().map(|parts| &parts.states as &dyn DevicePtr<f32>);
             self.kernel.launch(stream, grid, |bind| ChunkBwdParams {
                 states: bind.read("states", states),
-                d_final_state: bind.read_opt("d_final_state", d_final),
+                d_final_state: bind.read_opt("d_final_state", ends.or(x.d_final_state)),
                 dq: bind.write("dq", &mut *dx.dq),
                 dk: bind.write("dk", &mut *dx.dk),
                 dv: bind.write("dv", &mut *dx.dv),

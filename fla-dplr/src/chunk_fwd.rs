@@ -12,7 +12,7 @@ use half::{bf16, f16};
 
 use crate::Transition;
 use crate::config::{CHUNK, ChunkConfig, ChunkFwdWrites, ChunkVariant, Room};
-use crate::segments::{Fold, Maps, Segments};
+use crate::segments::{Ends, Fold, Maps, Segments};
 
 /// Largest K and V of the chunk passes: a block holds whole columns of the state.
 pub(crate) const MAX_K: usize = 256;
@@ -262,9 +262,7 @@ impl<T: Element> ChunkFwd<T> {
     /// which drivers refuse to allocate.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        let f32_bytes = |len: usize| len.saturating_mul(size_of::<f32>());
-        let parts = self.of_segments.as_ref().map_or([0, 0], |of| [of.maps.len, of.maps.states_len]);
-        Workspace::bytes(&parts.map(f32_bytes)).max(256)
+        Workspace::bytes(&self.of_segments.as_ref().map_or([0, 0], |of| of.maps.bytes())).max(256)
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -300,8 +298,9 @@ impl<T: Element> ChunkFwd<T> {
             o: Some(&mut *y.o),
             final_state: y.final_state.as_deref_mut(),
             states: y.states.as_deref_mut(),
+            first_h: 0,
         };
-        self.launch(stream, x, wanted, workspace, 0)
+        self.launch(stream, x, wanted, workspace)
     }
 
     /// Runs a plan that [`Self::of_states`] made, for the share of heads that begins with head `first_h`.
@@ -309,12 +308,11 @@ impl<T: Element> ChunkFwd<T> {
         &self,
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
-        states: &mut dyn DevicePtrMut<u16>,
+        (states, first_h): (&mut dyn DevicePtrMut<u16>, usize),
         workspace: &mut dyn DevicePtrMut<u8>,
-        first_h: usize,
     ) -> Result<(), Error> {
-        let wanted = Wanted { o: None, final_state: None, states: Some(states) };
-        self.launch(stream, x, wanted, workspace, first_h)
+        let wanted = Wanted { states: Some(states), first_h, ..Wanted::NOTHING };
+        self.launch(stream, x, wanted, workspace)
     }
 
     fn check_inputs(&self, x: &ChunkFwdInputs<'_, T>) -> Result<(), Error> {
@@ -335,24 +333,22 @@ impl<T: Element> ChunkFwd<T> {
         x: &ChunkFwdInputs<'_, T>,
         mut y: Wanted<'_, '_, T>,
         workspace: &mut dyn DevicePtrMut<u8>,
-        first_h: usize,
     ) -> Result<(), Error> {
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
         let Some(OfSegments { values, maps }) = &self.of_segments else {
-            return self.walk.launch(stream, x, x.initial_state, y, first_h);
+            return self.walk.launch(stream, x, y);
         };
         // Later launches bind these, when the first has been queued.
         y.check_aligned(stream)?;
         if let Some(state) = x.initial_state {
             check_align("initial_state", state.device_ptr(stream).0)?;
         }
-        let mut of_maps = workspace.take::<f32>(maps.len)?;
-        let mut starts = workspace.take::<f32>(maps.states_len)?;
-        let added = Wanted { o: None, final_state: Some(&mut starts), states: None };
-        values.launch(stream, x, None, added, 0)?;
-        let (first, last) = ((x.initial_state, "initial_state"), (y.final_state.take(), "final_state"));
-        maps.run(stream, x, &mut of_maps, &mut starts, first, last)?;
-        self.walk.launch(stream, x, Some(&starts), y, 0)
+        let mut parts = maps.parts(&workspace)?;
+        let from_zero = ChunkFwdInputs { initial_state: None, ..*x };
+        let added = Wanted { final_state: Some(&mut parts.states), ..Wanted::NOTHING };
+        values.launch(stream, &from_zero, added)?;
+        maps.run(stream, x, &mut parts, Ends { first: x.initial_state, last: y.final_state.take() })?;
+        self.walk.launch(stream, &ChunkFwdInputs { initial_state: Some(&parts.states), ..*x }, y)
     }
 }
 
@@ -409,14 +405,12 @@ impl<T: Element> Walk<T> {
         })
     }
 
-    /// Queues the walk, from these states.
+    /// Queues the walk.
     pub(crate) fn launch(
         &self,
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
-        initial_state: Option<&dyn DevicePtr<f32>>,
         y: Wanted<'_, '_, T>,
-        first_h: usize,
     ) -> Result<(), Error> {
         let Shape { seqs, h, .. } = &self.shape;
         let Some(grid) = self.grid else { return Ok(()) };
@@ -427,7 +421,7 @@ impl<T: Element> Walk<T> {
             a: bind.read("a", x.a),
             b: bind.read("b", x.b),
             g: bind.read("g", x.g),
-            initial_state: bind.read_opt("initial_state", initial_state),
+            initial_state: bind.read_opt("initial_state", x.initial_state),
             cu_seqlens: bind.read_opt("cu_seqlens", self.cut.cu_seqlens.as_ref()),
             chunk_offsets: bind.read_opt("chunk_offsets", self.cut.chunk_offsets.as_ref()),
             o: bind.write_opt("o", y.o),
@@ -437,7 +431,7 @@ impl<T: Element> Walk<T> {
             t: seqs.t() as i64,
             // The plan has checked that H fits.
             h: *h as i32,
-            first_h: first_h as i32,
+            first_h: y.first_h as i32,
             heads: self.shares.heads as i32,
             scale: self.scale,
         })
@@ -449,9 +443,13 @@ pub(crate) struct Wanted<'a, 'b, T> {
     pub(crate) o: Option<&'a mut (dyn DevicePtrMut<T> + 'b)>,
     pub(crate) final_state: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
     pub(crate) states: Option<&'a mut (dyn DevicePtrMut<u16> + 'b)>,
+    /// The first head of the share that is walked.
+    pub(crate) first_h: usize,
 }
 
 impl<T> Wanted<'_, '_, T> {
+    pub(crate) const NOTHING: Self = Self { o: None, final_state: None, states: None, first_h: 0 };
+
     /// Refuses a tensor that a launch would refuse.
     fn check_aligned(&mut self, stream: &CudaStream) -> Result<(), Error> {
         if let Some(o) = &mut self.o {

@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use fla_core::{
     Device, Element, Error, Field, Grid, Kernel, Params, Ptr, PtrMut, RawSlice, SeqLens, Shape, Source, Unit,
+    Workspace,
 };
 
 use crate::chunk_fwd::{ChunkFwdInputs, ChunkFwdOptions, Walk, Wanted};
@@ -77,14 +78,15 @@ pub(crate) enum Fold {
 pub(crate) struct Maps<T> {
     /// Walks every segment from the unit matrix.
     walk: Walk<T>,
-    fold: Kernel<ChunkFwdStateParams>,
+    kernel: Kernel<ChunkFwdStateParams>,
+    fold: Fold,
     /// None when there is nothing to launch.
     fold_grid: Option<Grid>,
     offsets: CudaSlice<i64>,
     h: usize,
     /// Elements of the maps, and of the states.
-    pub(crate) len: usize,
-    pub(crate) states_len: usize,
+    len: usize,
+    states_len: usize,
 }
 
 impl<T: Element> Maps<T> {
@@ -99,7 +101,8 @@ impl<T: Element> Maps<T> {
         let of_states = Shape { v: shape.v, ..of_maps.clone() };
         Ok(Self {
             walk: Walk::new(device, &of_maps, options, ChunkFwdWrites::Map)?,
-            fold: device.kernel(&unit(shape.k, shape.v, fold))?,
+            kernel: device.kernel(&unit(shape.k, shape.v, fold))?,
+            fold,
             fold_grid: Grid::of_heads(shape, shape.v.div_ceil(FOLD_COLS))?,
             offsets: device.upload_offsets(&segments.offsets)?,
             h: shape.h,
@@ -108,30 +111,56 @@ impl<T: Element> Maps<T> {
         })
     }
 
-    /// Queues the walk and the fold. `states` holds what each segment adds to a state, and then the states that segments
-    /// start from; `first` is the one before the first of a sequence and `last` the one after the last.
+    /// Bytes of the parts that a workspace has for this.
+    pub(crate) fn bytes(&self) -> [usize; 2] {
+        [self.len, self.states_len].map(|len| len.saturating_mul(size_of::<f32>()))
+    }
+
+    /// Takes them.
+    pub(crate) fn parts<'a>(&self, workspace: &'a Workspace<'_>) -> Result<MapParts<'a>, Error> {
+        Ok(MapParts { maps: workspace.take(self.len)?, states: workspace.take(self.states_len)? })
+    }
+
+    /// Queues the walk and the fold; `x.initial_state` is not read.
     pub(crate) fn run(
         &self,
         stream: &CudaStream,
         x: &ChunkFwdInputs<'_, T>,
-        maps: &mut RawSlice<'_, f32>,
-        states: &mut RawSlice<'_, f32>,
-        (first, first_name): (Option<&dyn DevicePtr<f32>>, &'static str),
-        (last, last_name): (Option<&mut (dyn DevicePtrMut<f32> + '_)>, &'static str),
+        parts: &mut MapParts<'_>,
+        ends: Ends<'_, '_>,
     ) -> Result<(), Error> {
-        let wanted = Wanted { o: None, final_state: Some(&mut *maps), states: None };
-        self.walk.launch(stream, x, None, wanted, 0)?;
+        let x = ChunkFwdInputs { initial_state: None, ..*x };
+        let wanted = Wanted { final_state: Some(&mut parts.maps), ..Wanted::NOTHING };
+        self.walk.launch(stream, &x, wanted)?;
         let Some(grid) = self.fold_grid else { return Ok(()) };
-        self.fold.launch(stream, grid, |bind| ChunkFwdStateParams {
-            maps: bind.read("workspace", &*maps),
-            states: bind.write("workspace", states),
+        let [first, last] = match self.fold {
+            Fold::Forward => ["initial_state", "final_state"],
+            Fold::Back => ["d_final_state", "d_initial_state"],
+        };
+        self.kernel.launch(stream, grid, |bind| ChunkFwdStateParams {
+            maps: bind.read("workspace", &parts.maps),
+            states: bind.write("workspace", &mut parts.states),
             offsets: bind.read("segments", &self.offsets),
-            first: bind.read_opt(first_name, first),
-            last: bind.write_opt(last_name, last),
+            first: bind.read_opt(first, ends.first),
+            last: bind.write_opt(last, ends.last),
             // `new` has checked that H fits.
             h: self.h as i32,
         })
     }
+}
+
+/// What is known of segments.
+#[derive(Debug)]
+pub(crate) struct MapParts<'a> {
+    maps: RawSlice<'a, f32>,
+    /// What each segment adds to a state of zero, and then the state that it starts from.
+    pub(crate) states: RawSlice<'a, f32>,
+}
+
+/// States before and after whole sequences, in the order of the walk.
+pub(crate) struct Ends<'a, 'b> {
+    pub(crate) first: Option<&'a dyn DevicePtr<f32>>,
+    pub(crate) last: Option<&'a mut (dyn DevicePtrMut<f32> + 'b)>,
 }
 
 /// The kernels of common heads.
