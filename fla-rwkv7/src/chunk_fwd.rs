@@ -111,8 +111,8 @@ pub struct ChunkFwdResult<T> {
 /// | `final_state` (out) | `[N, H, K, V]` | f32   | optional                                               |
 /// | `states` (out)      | `states_len()` | u16   | with [`SavedStates::Kept`]; for [`ChunkBwd`](crate::ChunkBwd) |
 ///
-/// `T` is f32, bf16 or f16; K and V are at most 256, any size. Lengths have to be known to the host. With [`Decay::Logit`] `w` is the projection x that the model makes its decay from, and the kernel forms
-/// `-exp(-1/2) sigmoid(x)` in f32.
+/// `T` is f32, bf16 or f16; K and V are at most 256, any size. Lengths have to be known to the host. With [`Decay::Logit`]
+/// `w` is the projection x that the model makes its decay from, and the kernel forms `-exp(-1/2) sigmoid(x)` in f32.
 ///
 /// # Numerics
 ///
