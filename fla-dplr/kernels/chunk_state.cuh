@@ -135,7 +135,8 @@ __device__ void store_rows(Element* dst, i32 stride, Acc16& d, int col0, int row
             const int row = i / 2 * 8 + lane_id() / 4, col = col0 + i % 2 * 8 + lane_id() % 4 * 2;
             if (row < rows && col < CHANNELS) *reinterpret_cast<u32*>(dst + row * stride + col) = pair;
         }
-    } else {
+    } else if (col0 < CHANNELS) {
+        // A slice may have a tile too many.
         store_transposed<CHANNELS>(dst, stride, d, col0, rows);
     }
 }

@@ -109,6 +109,7 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "segments: K = V = 128", b: 1, t: 1050, h: 1, k: 128, v: 128, gates: Gates::Rwkv7, ..BASE },
     Case { name: "segments: a key and its rate", b: 1, t: 1030, h: 2, gates: Gates::Rwkv7, ..KEY_AND_RATE },
     Case { name: "one head", h: 1, ..BASE },
+    Case { name: "K = 64, V = 80: a slice's last tile has no channel", v: 80, ..BASE },
     Case { name: "K = 64, V = 128", k: 64, v: 128, ..BASE },
     Case { name: "K = 128, V = 64", k: 128, v: 64, ..BASE },
     Case { name: "K = V = 128", k: 128, v: 128, t: 50, ..BASE },
