@@ -45,8 +45,8 @@ __device__ void load_tokens(
     }
 }
 
-// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose. `dst` is the first token's first
-// channel.
+// Rows of tokens, CHANNELS long and `stride` apart, from 16 channels of their transpose, which begin inside of a row. `dst` is
+// the first token's first channel.
 template <int CHANNELS, class Element>
 __device__ void store_transposed(Element* dst, i32 stride, Acc16& d, int col0, int rows) {
     if constexpr (sizeof(Element) == 2 && CHANNELS % 2 == 0) {

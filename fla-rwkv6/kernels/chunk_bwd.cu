@@ -500,7 +500,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             }
             mma_pairs(other, to_pair<Cfg>(load_a_transposed<P>(stage.d_o, 16 * j)), to_pair<Cfg>(scores));
             dv = dv + other;
-            store_transposed<V>(dv_chunk, stride_v, dv, work.v0 + 16 * j, rows);
+            if (has_tile(j)) store_transposed<V>(dv_chunk, stride_v, dv, work.v0 + 16 * j, rows);
         };
         if constexpr (TILES == WARPS) {
             store_dv(i_slice);

@@ -366,7 +366,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         if constexpr (Cfg::OUTPUT) {
             mma_pairs(o, to_pair<Cfg>(v), to_pair<Cfg>(s.scores[i % 2].get()));
             if (p.scale < 0.0f) o = -1.0f * o;
-            store_transposed<V>(o_chunk, stride_v, o, v0, work.chunks.rows(i));
+            if (has_rows) store_transposed<V>(o_chunk, stride_v, o, v0, work.chunks.rows(i));
             o_chunk += CHUNK * i64(stride_v);
         }
         if constexpr (Cfg::KEEP_STATES) image += p.h * IMAGE_WORDS<Cfg>;

@@ -123,6 +123,8 @@ pub(crate) const CASES: &[Case] = &[
     Case { name: "K = 128, V = 256", b: 1, h: 2, k: 128, v: 256, ..BASE },
     Case { name: "K = 128, V = 16", k: 128, v: 16, ..BASE },
     Case { name: "K = V = 256: too wide", k: 256, v: 256, ..BASE },
+    Case { name: "K = 64, V = 80", v: 80, ..BASE },
+    Case { name: "K = 64, V = 144: a slice's last tile has no channel", v: 144, ..BASE },
     Case { name: "K = 16, V = 256", k: 16, v: 256, ..BASE },
     Case { name: "K = V = 16", k: 16, v: 16, ..BASE },
     Case { name: "K = 60, V = 100", k: 60, v: 100, t: 40, ..BASE },
