@@ -31,11 +31,21 @@ inline constexpr int DECAY_PARTS = same<typename Cfg::Element, float> ? 3 : PART
 // inside of f32.
 inline constexpr float PAIR_SPAN = 60.0f;
 
-// Columns of K in shared memory; those past K are zeros.
+// Slices of K, of which a block has one: a row of the state decays by itself, and only sums over K join them.
 template <class Cfg>
-inline constexpr int KP = ceil_div(Cfg::K, 16) * 16;
+inline constexpr int SLICES_K = ceil_div(Cfg::K, Cfg::BK);
+template <class Cfg>
+inline constexpr bool IS_SLICED_K = SLICES_K<Cfg> > 1;
+
+// Columns of K in all slices, and of V in tiles; those past K and V are zeros.
+template <class Cfg>
+inline constexpr int KP = SLICES_K<Cfg> * Cfg::BK;
 template <class Cfg>
 inline constexpr int VP = ceil_div(Cfg::V, 16) * 16;
+
+// What an output that sums up over K is written as: whole, or as this slice's part.
+template <class Cfg>
+using OverK = If<IS_SLICED_K<Cfg>, float, typename Cfg::Element>;
 
 // A log decay under this counts as this, and e to it is 0: one that is infinite must not meet the zeros of a sum.
 inline constexpr float LEAST_DECAY = -200.0f;
@@ -132,14 +142,14 @@ __device__ void keep_below(Acc16& d) {
 
 // A of a chunk, or its transpose: the sum of its parts, of which nothing is left on one side of the diagonal.
 template <class Cfg, int THREADS, bool TRANSPOSED>
-__device__ void add_parts(AccTile& s_to, const AccTile (&s_parts)[KP<Cfg> / 16]) {
+__device__ void add_parts(AccTile& s_to, const AccTile (&s_parts)[Cfg::BK / 16]) {
     #pragma unroll
     for (int first = 0; first < CHUNK * CHUNK / 2; first += THREADS) {
         const int i = first + threadIdx.x;  // a pair of neighbours
         if (CHUNK * CHUNK / 2 % THREADS != 0 && i >= CHUNK * CHUNK / 2) break;
         float2 sum = {};
         #pragma unroll
-        for (int j = 0; j < KP<Cfg> / 16; ++j) {
+        for (int j = 0; j < Cfg::BK / 16; ++j) {
             const float2 part = reinterpret_cast<const float2*>(&s_parts[j])[i];
             sum.x += part.x;
             sum.y += part.y;
@@ -152,21 +162,23 @@ __device__ void add_parts(AccTile& s_to, const AccTile (&s_parts)[KP<Cfg> / 16])
     }
 }
 
-// What a block works on: a segment of a sequence, whole without segments, one head, and BV value channels.
+// What a block works on: a segment of a sequence, whole without segments, one head, and BK key and BV value channels.
 template <class Cfg>
 struct Work {
     i64 i_n, i_h, bos;
     i64 first_chunk;  // of the segment, among all sequences
     i64 i_local;      // of the segment, among the states that segments leave
     int i_segment, segments;
-    int v0;
+    int k0, v0;
     Chunks chunks;    // of the segment
 
     template <class Params>
     __device__ explicit Work(const Params& p) : chunks(0) {
         constexpr int SLICES = ceil_div(Cfg::V, Cfg::BV);
         v0 = blockIdx.x % SLICES * Cfg::BV;
-        const i64 i_block = blockIdx.x / SLICES, i_nh = i_block / p.max_segments;
+        const u32 i_slices = blockIdx.x / SLICES;
+        k0 = i_slices % SLICES_K<Cfg> * Cfg::BK;
+        const i64 i_block = i_slices / SLICES_K<Cfg>, i_nh = i_block / p.max_segments;
         i_segment = i_block % p.max_segments;
         i_n = i_nh / p.h;
         i_h = i_nh % p.h;

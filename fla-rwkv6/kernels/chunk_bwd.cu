@@ -24,8 +24,11 @@
 // With few heads a sequence is cut into segments, and the kernel runs twice: with LOCAL for the D that a segment adds to what
 // comes from those after it, and its decay; then each segment folds those after it into the D that it starts from.
 //
+// A wide K is cut into slices, as in `chunk_fwd`; all but (5) is a slice's own, and its part of (5) is one of those that
+// `chunk_bwd_output` adds up.
+//
 // Reference  fla_reference::rwkv6::chunk_bwd
-// Launch     a block has BV value channels of one segment and head: a warp for every 16 key channels
+// Launch     a block has BK key and BV value channels of one segment and head: a warp for every 16 of BK
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/blocks.cuh>
@@ -60,9 +63,11 @@ struct ChunkBwdParams {
     float* partial;              // [V / BV, 3, B, T, H, K]  of dr, dk and dw; unused when a block has all of V
     float* local_states;         // [N, H, max_segments, K / 16 V / 16 256]  D of segments; written with LOCAL, else read
     float* local_decays;         // [N, H, max_segments, K]
+    float* dv_parts;             // [K / BK, B, T, H, V]  of dv; unused when a block has all of K
     i64 n;
     i64 t;
     i64 partial_len;             // B T H K
+    i64 dv_len;                  // B T H V
     i32 h;
     i32 segment_chunks;          // chunks of a segment
     i32 max_segments;            // of a sequence; 1: none is cut
@@ -74,6 +79,7 @@ concept ChunkBwdConfig = requires {
     typename Cfg::Element;
     Cfg::K;       // key channels
     Cfg::V;       // value channels
+    Cfg::BK;      // key channels of a block: a multiple of 16, alike in all passes
     Cfg::BV;      // value channels of a block
     Cfg::STAGES;  // chunks in shared memory: 2 or 3
     Cfg::LOCAL;   // D of segments is wanted, and nothing else
@@ -82,7 +88,7 @@ concept ChunkBwdConfig = requires {
 template <class Cfg>
 struct ChunkBwdStage {
     using Element = typename Cfg::Element;
-    TokenTile<Element, KP<Cfg>> r, k, w;
+    TokenTile<Element, Cfg::BK> r, k, w;
     TokenTile<Element, Cfg::BV> v, d_o;
 };
 
@@ -90,11 +96,11 @@ template <class Cfg>
 struct ChunkBwdShared {
     ChunkBwdStage<Cfg> stages[Cfg::STAGES];
     // S of a chunk and of the next, in the order of `image_tile`: what each warp reads of it.
-    alignas(16) u32 state[2][KP<Cfg> / 16][PARTS<Cfg>][Cfg::BV / 16][128];
+    alignas(16) u32 state[2][Cfg::BK / 16][PARTS<Cfg>][Cfg::BV / 16][128];
     // What (5) is made of.
-    BlockTile<PARTS<Cfg>, KP<Cfg>, Cfg::BV> d_state;
-    BlockTile<PARTS<Cfg>, KP<Cfg>, CHUNK> writes;  // k writes, transposed
-    AccTile parts[KP<Cfg> / 16];                   // of A^T, from each slice of K; one side of the diagonal is anything
+    BlockTile<PARTS<Cfg>, Cfg::BK, Cfg::BV> d_state;
+    BlockTile<PARTS<Cfg>, Cfg::BK, CHUNK> writes;  // k writes, transposed
+    AccTile parts[Cfg::BK / 16];                   // of A^T, from each slice of K; one side of the diagonal is anything
     AccTile scores;                                // A^T; unused where slices are few
     DecaySums sums;
 };
@@ -134,7 +140,8 @@ __device__ void store_grad(Element* dst, float* partial, i32 stride, Acc16& d, i
             if (row < rows && col0 + channel < Cfg::K) partial[row * stride + col0 + channel] = x;
         });
     } else {
-        store_transposed<Cfg::K>(dst, stride, d, col0, rows);
+        // Slices that are alike may have a tile too many.
+        if (KP<Cfg> - Cfg::K < 16 || col0 < Cfg::K) store_transposed<Cfg::K>(dst, stride, d, col0, rows);
     }
 }
 
@@ -209,8 +216,8 @@ template <ChunkBwdConfig Cfg>
 __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
     using Stage = ChunkBwdStage<Cfg>;
-    constexpr int K = Cfg::K, V = Cfg::V, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
-    constexpr int WARPS = KP<Cfg> / 16, THREADS = 32 * WARPS, TILES = BV / 16;
+    constexpr int K = Cfg::K, V = Cfg::V, BK = Cfg::BK, BV = Cfg::BV, STAGES = Cfg::STAGES, P = PARTS<Cfg>;
+    constexpr int WARPS = BK / 16, THREADS = 32 * WARPS, TILES = BV / 16;
     // Of each chunk the state is copied before the tokens of a later one: what waits for the one lets the other go on.
     static_assert(STAGES == 2 || STAGES == 3, "copies of one chunk's tokens may be under way");
     // Whether parts of scores are added up by all threads at once, or by each warp for itself, which saves a barrier.
@@ -220,14 +227,15 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     auto& s = *reinterpret_cast<ChunkBwdShared<Cfg>*>(s_bytes);
     const Work<Cfg> work(p);
     const int i_slice = threadIdx.x / 32, g = lane_id() / 4, t = lane_id() % 4, col0 = 16 * i_slice;
+    const int k0 = work.k0 + col0;  // of a head; `col0` is of the block
     const int count = work.chunks.count;
-    const i64 at_hk = work.i_h * K + col0 + g;  // this lane's channels of a head are this and 8 more
+    const i64 at_hk = work.i_h * K + k0 + g;  // this lane's channels of a head are this and 8 more
     float* du = p.du_parts +
         ((i64(work.v0 / BV) * p.n + work.i_n) * p.max_segments + work.i_segment) * (i64(p.h) * K) + at_hk;
     const auto store_du = [&](const float (&x)[2]) {
         #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (t == 0 && col0 + g + 8 * i < K) du[8 * i] = x[i];
+            if (t == 0 && k0 + g + 8 * i < K) du[8 * i] = x[i];
         }
     };
     float r_du[2] = {};
@@ -241,20 +249,20 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
     const i64 at_k = (work.bos * p.h + work.i_h) * K, at_v = (work.bos * p.h + work.i_h) * V;
 
     const i64 last_k = at_k + (count - 1) * (CHUNK * i64(stride_k)), last_v = at_v + (count - 1) * (CHUNK * i64(stride_v));
-    const Element* src_w = p.w + last_k;
-    const Element* src_r = p.r + last_k;
-    const Element* src_k = p.k + last_k;
+    const Element* src_w = p.w + last_k + work.k0;
+    const Element* src_r = p.r + last_k + work.k0;
+    const Element* src_k = p.k + last_k + work.k0;
     const Element* src_v = p.v + last_v + work.v0;
     const Element* src_d_o = p.d_o + last_v + work.v0;
     const auto fetch = [&](int i, int i_stage) {
         if (i < count) {
             Stage& stage = s.stages[i_stage];
             const int rows = work.chunks.rows(count - 1 - i);
-            load_tokens<K, THREADS>(stage.w, src_w, stride_k, rows, K, threadIdx.x);
-            load_tokens<K, THREADS>(stage.r, src_r, stride_k, rows, K, threadIdx.x);
+            load_tokens<K, THREADS>(stage.w, src_w, stride_k, rows, K - work.k0, threadIdx.x);
+            load_tokens<K, THREADS>(stage.r, src_r, stride_k, rows, K - work.k0, threadIdx.x);
             load_tokens<V, THREADS>(stage.d_o, src_d_o, stride_v, rows, V - work.v0, threadIdx.x);
             if constexpr (!Cfg::LOCAL) {
-                load_tokens<K, THREADS>(stage.k, src_k, stride_k, rows, K, threadIdx.x);
+                load_tokens<K, THREADS>(stage.k, src_k, stride_k, rows, K - work.k0, threadIdx.x);
                 load_tokens<V, THREADS>(stage.v, src_v, stride_v, rows, V - work.v0, threadIdx.x);
             }
             src_w -= CHUNK * stride_k;
@@ -275,7 +283,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             for (int part = 0; part < P; ++part) {
                 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
-                    const u32* src = image + (has_tile(j) ? image_tile<Cfg>(part, col0, work.v0 + 16 * j) : 0);
+                    const u32* src = image + (has_tile(j) ? image_tile<Cfg>(part, k0, work.v0 + 16 * j) : 0);
                     cp_async_cg_16(&s.state[i % 2][i_slice][part][j][4 * lane_id()], src, has_tile(j) ? 16 : 0);
                 }
             }
@@ -305,18 +313,18 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
         #pragma unroll
         for (int j = 0; j < TILES; ++j) {
             for_each(d_state[j], [&](int row, int col, float& x) {
-                const int i_k = col0 + row, i_v = work.v0 + 16 * j + col;
+                const int i_k = k0 + row, i_v = work.v0 + 16 * j + col;
                 if (i_k < K && i_v < V) f(at_state + i64(i_k) * V + i_v, x);
             });
         }
     };
-    const auto local_tile = [&](int j) { return i_slice * (VP<Cfg> / 16) + work.v0 / 16 + j; };
+    const auto local_tile = [&](int j) { return k0 / 16 * (VP<Cfg> / 16) + work.v0 / 16 + j; };
     #pragma unroll
     for (int j = 0; j < TILES; ++j) zero(d_state[j]);
     if (!Cfg::LOCAL) {
         if (p.d_final_state != nullptr) for_state([&](i64 i, float& x) { x = p.d_final_state[i]; });
         for (int i = work.segments - 1; i > work.i_segment; --i) {
-            const float* decays = p.local_decays + (work.i_local + i) * KP<Cfg> + col0 + g;
+            const float* decays = p.local_decays + (work.i_local + i) * KP<Cfg> + k0 + g;
             const float* local = p.local_states + (work.i_local + i) * LOCAL_STATE<Cfg>;
             const float decay[2] = {decays[0], decays[8]};
             #pragma unroll
@@ -348,7 +356,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
         for (int j = 0; j < TILES; ++j) {
             if (has_tile(j)) store_local(local, local_tile(j), d_state[j]);
         }
-        float* decays = p.local_decays + (work.i_local + work.i_segment) * KP<Cfg> + col0 + g;
+        float* decays = p.local_decays + (work.i_local + work.i_segment) * KP<Cfg> + k0 + g;
         if (work.v0 == 0 && t == 0) {
             decays[0] = decay[0];
             decays[8] = decay[1];
@@ -358,8 +366,10 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
 
     float u[2];
     #pragma unroll
-    for (int i = 0; i < 2; ++i) u[i] = col0 + g + 8 * i < K ? to_f32(p.u[at_hk + 8 * i]) : 0.0f;
-    Element* dv_chunk = p.dv + last_v;
+    for (int i = 0; i < 2; ++i) u[i] = k0 + g + 8 * i < K ? to_f32(p.u[at_hk + 8 * i]) : 0.0f;
+    OverK<Cfg>* dv_chunk;
+    if constexpr (IS_SLICED_K<Cfg>) dv_chunk = p.dv_parts + work.k0 / BK * p.dv_len + last_v;
+    else dv_chunk = p.dv + last_v;
     i64 at = last_k;
     #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -478,9 +488,9 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
         __syncthreads();  // what (5) takes is there, the scores in parts
         if (MANY_SLICES) add_parts<Cfg, THREADS, true>(s.scores, s.parts);
         float* partial = p.partial + work.v0 / BV * 3 * p.partial_len + at;
-        store_grad<Cfg>(p.dr + at, partial, stride_k, d.dr, col0, rows);
-        store_grad<Cfg>(p.dk + at, partial + p.partial_len, stride_k, d.dk, col0, rows);
-        store_grad<Cfg>(p.dw + at, partial + 2 * p.partial_len, stride_k, d.dw, col0, rows);
+        store_grad<Cfg>(p.dr + at, partial, stride_k, d.dr, k0, rows);
+        store_grad<Cfg>(p.dk + at, partial + p.partial_len, stride_k, d.dk, k0, rows);
+        store_grad<Cfg>(p.dw + at, partial + 2 * p.partial_len, stride_k, d.dw, k0, rows);
         at -= CHUNK * stride_k;
         if (MANY_SLICES) __syncthreads();  // the scores are there
 
@@ -489,7 +499,7 @@ __device__ void chunk_bwd(const ChunkBwdParams<typename Cfg::Element>& p) {
             zero(dv);
             zero(other);
             #pragma unroll DV_UNROLL
-            for (int i_k = 0; i_k < KP<Cfg>; i_k += 16) {
+            for (int i_k = 0; i_k < BK; i_k += 16) {
                 mma(i_k / 16 % 2 == 0 ? dv : other, load_a_transposed(s.d_state, i_k, 16 * j), load_b(s.writes, i_k, 0));
             }
             Acc16 scores = MANY_SLICES ? s.scores.get() : s.parts[0].get();

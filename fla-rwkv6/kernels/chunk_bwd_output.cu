@@ -1,57 +1,60 @@
-// chunk_bwd_output: the gradient of the bonus, which all sequences share; and gradients over K, added up over the slices of V
-// that blocks of chunk_bwd have worked on.
+// chunk_bwd_output: the gradient of the bonus, which all sequences share; gradients over K, added up over the slices of V that
+// blocks of chunk_bwd have worked on; and the gradient over V, added up over those of K.
 //
 //   du = sum_p du_parts[p]      for slices of V, sequences and segments p      (1)
-//   dx = sum_s partial[s, x]    for x = r, k, w                                (2)
-//
-// Both in their order, so the same inputs give the same bits.
+//   dx = sum_s partial[s, x]    for x = r, k, w and slices s of V              (2)
+//   dv = sum_s dv_parts[s]      for slices s of K                              (3)
 //
 // Reference  fla_reference::rwkv6::chunk_bwd
-// Launch     grid ceil(max(H K, B T H K with SLICED) / THREADS), block THREADS: a thread is one number of each gradient
+// Launch     grid ceil(n / THREADS), block THREADS: a thread is one number of each gradient; n is the largest of H K,
+//            B T H K with SLICED_V and B T H V with SLICED_K
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/prelude.cuh>
+#include <fla/rwkv6/parts.cuh>
 
 namespace fla::rwkv6 {
 
 template <class Element>
 struct ChunkBwdOutputParams {
     const float* du_parts;  // [parts, H, K]
-    const float* partial;   // [slices, 3, len]  unused without SLICED
+    const float* partial;   // [slices_v, 3, len]   unused without SLICED_V
+    const float* dv_parts;  // [slices_k, dv_len]   unused without SLICED_K
     float* du;              // [H, K]
     Element* dr;            // [len]
     Element* dk;            // [len]
+    Element* dv;            // [dv_len]
     Element* dw;            // [len]
     i64 parts;              // slices of V, times N, times segments
     i64 hk;                 // H K
     i64 len;                // B T H K
-    i32 slices;             // of V
+    i64 dv_len;             // B T H V
+    i32 slices_v;
+    i32 slices_k;
 };
 
 template <class Cfg>
 concept ChunkBwdOutputConfig = requires {
     typename Cfg::Element;
-    Cfg::SLICED;   // V has several slices
-    Cfg::THREADS;  // of a block
+    Cfg::SLICED_V;  // V has several slices
+    Cfg::SLICED_K;  // K has
+    Cfg::THREADS;   // of a block
 };
 
 template <ChunkBwdOutputConfig Cfg>
 __device__ void chunk_bwd_output(const ChunkBwdOutputParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
     const i64 i = i64(blockIdx.x) * Cfg::THREADS + threadIdx.x;
-    if (i < p.hk) {
-        float sum = 0.0f;
-        #pragma unroll 8
-        for (i64 i_p = 0; i_p < p.parts; ++i_p) sum += p.du_parts[i_p * p.hk + i];  // (1)
-        p.du[i] = sum;
+    if (i < p.hk) p.du[i] = sum_parts(p.du_parts + i, p.parts, p.hk);  // (1)
+    if (Cfg::SLICED_V && i < p.len) {
+        Element* const grads[3] = {p.dr, p.dk, p.dw};
+        #pragma unroll
+        for (int i_x = 0; i_x < 3; ++i_x) {
+            grads[i_x][i] = from_f32<Element>(sum_parts(p.partial + i_x * p.len + i, p.slices_v, 3 * p.len));  // (2)
+        }
     }
-    if (!Cfg::SLICED || i >= p.len) return;
-    Element* const grads[3] = {p.dr, p.dk, p.dw};
-    #pragma unroll
-    for (int i_x = 0; i_x < 3; ++i_x) {
-        float sum = 0.0f;
-        for (int i_s = 0; i_s < p.slices; ++i_s) sum += p.partial[(i64(i_s) * 3 + i_x) * p.len + i];  // (2)
-        grads[i_x][i] = from_f32<Element>(sum);
+    if (Cfg::SLICED_K && i < p.dv_len) {
+        p.dv[i] = from_f32<Element>(sum_parts(p.dv_parts + i, p.slices_k, p.dv_len));  // (3)
     }
 }
 

@@ -12,8 +12,11 @@
 // With few heads a sequence is cut into segments, and the kernel runs twice: with LOCAL for the state of a segment that starts
 // from zero, and its decay; then each segment folds those before it into the state that it starts from.
 //
+// A wide K is cut into slices, whose rows of the state do not meet: a block takes one as if it were all of K, and its part of (4),
+// scores too, is one of those that `chunk_fwd_output` adds up.
+//
 // Reference  fla_reference::rwkv6::chunk_fwd
-// Launch     a block has BV value channels of one segment and head: a warp for every 16 of them, and PREP_WARPS
+// Launch     a block has BK key and BV value channels of one segment and head: a warp for every 16 of BV, and PREP_WARPS
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/blocks.cuh>
@@ -42,7 +45,9 @@ struct ChunkFwdParams {
     u16* states;                 // [NT, H, PARTS, K / 16, V / 16, 32, 8]  state before every chunk, with KEEP_STATES
     float* local_states;         // [N, H, max_segments, K / 16 V / 16 256]  of segments; written with LOCAL, else read
     float* local_decays;         // [N, H, max_segments, K]
+    float* o_parts;              // [K / BK, B, T, H, V]  of o; unused when a block has all of K
     i64 t;
+    i64 o_len;                   // B T H V
     i32 h;
     i32 segment_chunks;          // chunks of a segment
     i32 max_segments;            // of a sequence; 1: none is cut
@@ -54,6 +59,7 @@ concept ChunkFwdConfig = requires {
     typename Cfg::Element;
     Cfg::K;            // key channels
     Cfg::V;            // value channels
+    Cfg::BK;           // key channels of a block: a multiple of 16, alike in all passes
     Cfg::BV;           // value channels of a block
     Cfg::PREP_WARPS;   // warps that only make operands; 0: those of the state do
     Cfg::OUTPUT;       // o is wanted
@@ -63,14 +69,14 @@ concept ChunkFwdConfig = requires {
 
 template <class Cfg>
 struct ChunkFwdStage {
-    TokenTile<typename Cfg::Element, KP<Cfg>> r, k, w;
+    TokenTile<typename Cfg::Element, Cfg::BK> r, k, w;
 };
 
 // What a chunk's tokens are to the state.
 template <class Cfg>
 struct ChunkFwdOperands {
-    BlockTile<PARTS<Cfg>, CHUNK, KP<Cfg>> reads, writes;  // |scale| r reads and k writes of (1)
-    alignas(16) float end[KP<Cfg>];                       // (2)
+    BlockTile<PARTS<Cfg>, CHUNK, Cfg::BK> reads, writes;  // |scale| r reads and k writes of (1)
+    alignas(16) float end[Cfg::BK];                       // (2)
 };
 
 // Chunks on their way through a block: tokens come, operands and each slice's part of the scores are made of them, the
@@ -80,11 +86,11 @@ struct ChunkFwdShared {
     ChunkFwdStage<Cfg> stages[2];
     TokenTile<typename Cfg::Element, Cfg::BV> v[4];
     ChunkFwdOperands<Cfg> operands[3];
-    AccTile parts[2][KP<Cfg> / 16];  // of A, from each slice of K; what is above the diagonal is anything
+    AccTile parts[2][Cfg::BK / 16];  // of A, from each slice of K; what is above the diagonal is anything
     AccTile scores[2];               // A
     DecaySums sums;
-    alignas(16) float u[KP<Cfg>];
-    alignas(16) float decay[KP<Cfg>];   // of the segment so far, with LOCAL
+    alignas(16) float u[Cfg::BK];
+    alignas(16) float decay[Cfg::BK];   // of the segment so far, with LOCAL
 };
 
 // Sums of log decays, [tokens, channels].
@@ -199,9 +205,9 @@ __device__ void prepare(
 template <ChunkFwdConfig Cfg>
 __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     using Element = typename Cfg::Element;
-    constexpr int K = Cfg::K, V = Cfg::V, P = PARTS<Cfg>;
+    constexpr int K = Cfg::K, V = Cfg::V, BK = Cfg::BK, P = PARTS<Cfg>;
     constexpr int STATE_WARPS = Cfg::BV / 16, PREP_WARPS = Cfg::PREP_WARPS, THREADS = 32 * (STATE_WARPS + PREP_WARPS);
-    constexpr int MAKERS = PREP_WARPS == 0 ? STATE_WARPS : PREP_WARPS, SLICES = KP<Cfg> / 16;
+    constexpr int MAKERS = PREP_WARPS == 0 ? STATE_WARPS : PREP_WARPS, SLICES = BK / 16;
     static_assert(Cfg::OUTPUT + Cfg::LOCAL + Cfg::KEEP_STATES > 0 && !(Cfg::LOCAL && (Cfg::OUTPUT || Cfg::KEEP_STATES)));
     extern __shared__ __align__(1024) unsigned char s_bytes[];
     auto& s = *reinterpret_cast<ChunkFwdShared<Cfg>*>(s_bytes);
@@ -212,7 +218,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     // The sign is the output's.
     const float scale = fabsf(p.scale), log2_scale = log2f(scale);
     const i32 stride_k = p.h * K, stride_v = p.h * V;  // 16 rows of them are less than 2^31 elements
-    const i64 at_k = (work.bos * p.h + work.i_h) * K, at_v = (work.bos * p.h + work.i_h) * V;
+    const i64 at_k = (work.bos * p.h + work.i_h) * K + work.k0, at_v = (work.bos * p.h + work.i_h) * V;
 
     const Element* src_r = p.r + at_k;
     const Element* src_k = p.k + at_k;
@@ -226,9 +232,9 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
         if (i < count && is_maker) {
             ChunkFwdStage<Cfg>& stage = s.stages[i % 2];
             const int rows = work.chunks.rows(i);
-            if constexpr (Cfg::OUTPUT) load_tokens<K, 32 * MAKERS>(stage.r, src_r, stride_k, rows, K, i_thread);
-            load_tokens<K, 32 * MAKERS>(stage.k, src_k, stride_k, rows, K, i_thread);
-            load_tokens<K, 32 * MAKERS>(stage.w, src_w, stride_k, rows, K, i_thread);
+            if constexpr (Cfg::OUTPUT) load_tokens<K, 32 * MAKERS>(stage.r, src_r, stride_k, rows, K - work.k0, i_thread);
+            load_tokens<K, 32 * MAKERS>(stage.k, src_k, stride_k, rows, K - work.k0, i_thread);
+            load_tokens<K, 32 * MAKERS>(stage.w, src_w, stride_k, rows, K - work.k0, i_thread);
             load_tokens<V, 32 * MAKERS>(s.v[i % 4], src_v, stride_v, rows, V - work.v0, i_thread);
             src_r += CHUNK * stride_k;
             src_k += CHUNK * stride_k;
@@ -240,8 +246,9 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     fetch(0);
     fetch(1);
     init(s.sums);
-    for (int i = threadIdx.x; i < KP<Cfg>; i += THREADS) {
-        s.u[i] = Cfg::OUTPUT && i < K ? scale * to_f32(p.u[work.i_h * K + i]) : 0.0f;
+    for (int i = threadIdx.x; i < BK; i += THREADS) {
+        const int i_k = work.k0 + i;
+        s.u[i] = Cfg::OUTPUT && i_k < K ? scale * to_f32(p.u[work.i_h * K + i_k]) : 0.0f;
         s.decay[i] = 1.0f;
     }
 
@@ -296,13 +303,13 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     // Rows of V of the state: tile j has key channels 16 j to 16 j + 16.
     const int col_v = 16 * i_warp, v0 = work.v0 + col_v;
     const bool has_rows = VP<Cfg> % Cfg::BV == 0 || v0 < VP<Cfg>;
-    const i64 at_state = (work.i_n * p.h + work.i_h) * K * V;
+    const i64 at_state = ((work.i_n * p.h + work.i_h) * K + work.k0) * V;
     Acc16 state[SLICES];
     const auto for_state = [&](auto f) {
         #pragma unroll
         for (int j = 0; j < SLICES; ++j) {
             for_each(state[j], [&](int row, int col, float& x) {
-                if (v0 + row < V && 16 * j + col < K) f(at_state + i64(16 * j + col) * V + v0 + row, x);
+                if (v0 + row < V && work.k0 + 16 * j + col < K) f(at_state + i64(16 * j + col) * V + v0 + row, x);
             });
         }
     };
@@ -319,10 +326,10 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             for (int e = 0; e < 4; ++e) state[j].at[n][e] *= e % 2 == 0 ? x.x : x.y;
         }
     };
-    const auto local_tile = [&](int j) { return j * (VP<Cfg> / 16) + v0 / 16; };
+    const auto local_tile = [&](int j) { return (work.k0 / 16 + j) * (VP<Cfg> / 16) + v0 / 16; };
     if (!Cfg::LOCAL) {
         for (int i = 0; i < work.i_segment; ++i) {
-            const float* decay = p.local_decays + (work.i_local + i) * KP<Cfg>;
+            const float* decay = p.local_decays + (work.i_local + i) * KP<Cfg> + work.k0;
             const float* local = p.local_states + (work.i_local + i) * LOCAL_STATE<Cfg>;
             #pragma unroll
             for (int j = 0; j < SLICES; ++j) {
@@ -333,7 +340,9 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
     }
 
     int i_taken = 0;  // which operands are this chunk's
-    Element* o_chunk = p.o + at_v;
+    OverK<Cfg>* o_chunk;
+    if constexpr (IS_SLICED_K<Cfg>) o_chunk = p.o_parts + work.k0 / BK * p.o_len + at_v;
+    else o_chunk = p.o + at_v;
     u32* image = reinterpret_cast<u32*>(p.states) + (work.first_chunk * p.h + work.i_h) * IMAGE_WORDS<Cfg>;
     #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -356,7 +365,7 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
                         Words<4> words;
                         #pragma unroll
                         for (int e = 0; e < 4; ++e) words.at[e] = turned.at[part][e];
-                        if (has_rows) st_global(image + image_tile<Cfg>(part, 16 * j, v0), words);
+                        if (has_rows) st_global(image + image_tile<Cfg>(part, work.k0 + 16 * j, v0), words);
                     }
                 }
             }
@@ -380,9 +389,9 @@ __device__ void chunk_fwd(const ChunkFwdParams<typename Cfg::Element>& p) {
             if (has_rows) store_local(local, local_tile(j), state[j]);
         }
         __syncthreads();  // the segment's decay is there: a channel's product is one lane's, of whichever warp
-        float* decay = p.local_decays + (work.i_local + work.i_segment) * KP<Cfg>;
+        float* decay = p.local_decays + (work.i_local + work.i_segment) * KP<Cfg> + work.k0;
         if (work.v0 == 0) {
-            for (int i = threadIdx.x; i < KP<Cfg>; i += 32 * STATE_WARPS) decay[i] = s.decay[i];
+            for (int i = threadIdx.x; i < BK; i += 32 * STATE_WARPS) decay[i] = s.decay[i];
         }
     } else if (p.final_state != nullptr && work.is_last()) {
         for_state([&](i64 i, float& x) { p.final_state[i] = x; });

@@ -7,6 +7,7 @@
 // FLA        fused_recurrent_rwkv6
 #pragma once
 #include <fla/core/prelude.cuh>
+#include <fla/rwkv6/parts.cuh>
 
 namespace fla::rwkv6 {
 
@@ -25,11 +26,7 @@ concept RecurrentBwdOutputConfig = requires {
 template <RecurrentBwdOutputConfig Cfg>
 __device__ void recurrent_bwd_output(const RecurrentBwdOutputParams& p) {
     const i64 i_hk = i64(blockIdx.x) * Cfg::THREADS + threadIdx.x;
-    if (i_hk >= p.hk) return;
-    float sum = 0.0f;
-    #pragma unroll 8
-    for (i64 i_n = 0; i_n < p.n; ++i_n) sum += p.du_parts[i_n * p.hk + i_hk];
-    p.du[i_hk] = sum;
+    if (i_hk < p.hk) p.du[i_hk] = sum_parts(p.du_parts + i_hk, p.n, p.hk);  // (1)
 }
 
 }  // namespace fla::rwkv6

@@ -11,8 +11,8 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::chunk_fwd::{
-    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADERS, HEADS, LocalStates, check_shape, segments_of,
-    states_len, u_len, variant, with_registers,
+    ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, HEADERS, HEADS, LocalStates, OUTPUT_THREADS, PARTS,
+    check_shape, grid_of_elements, segments_of, states_len, u_len, variant, with_registers,
 };
 use crate::config::{self, CHUNK, ChunkBwdConfig, ChunkVariant, Segments};
 
@@ -23,9 +23,6 @@ const SOURCE_OUTPUT: Source =
 
 /// Gradients over K, which are added up over the slices of V: of r, k and w.
 const K_GRADS: usize = 3;
-
-/// Threads of the kernel that adds them up; each has one element.
-const OUTPUT_THREADS: usize = 256;
 
 /// What the pass reads. Contiguous, each at a multiple of 16 bytes.
 #[derive(Clone, Copy)]
@@ -135,7 +132,7 @@ pub struct ChunkBwd<T> {
     /// In their order: what segments do to the gradient of a state, where sequences are cut into several, and the gradients.
     /// Empty when there is no state.
     launches: Vec<(Kernel<ChunkBwdParams<T>>, Grid)>,
-    /// Adds up what sequences, segments and slices of V leave.
+    /// Adds up what sequences, segments and slices of V and K leave.
     output: Kernel<ChunkBwdOutputParams<T>>,
     /// Computes states once more; none when they are kept.
     recompute: Option<ChunkFwd<T>>,
@@ -144,8 +141,9 @@ pub struct ChunkBwd<T> {
     segments: Segments,
     local: LocalStates,
     states_len: usize,
-    /// Blocks that share V where gradients are.
-    slices: usize,
+    /// Blocks that share V where gradients are, and those that share K.
+    slices_v: usize,
+    slices_k: usize,
     scale: f32,
 }
 
@@ -171,14 +169,15 @@ impl<T: Element> ChunkBwd<T> {
         device.check_smem(shape, block_smem_bytes)?;
         let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
-        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv), slots);
+        let slices_k = variant.slices_k();
+        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv) * slices_k, slots);
         tracing::debug!(?variant, ?config, ?segments, "rwkv6 chunk_bwd");
-        let (mut launches, mut slices) = (Vec::new(), 1);
+        let (mut launches, mut slices_v) = (Vec::new(), 1);
         for launch in (!segments.is_whole()).then_some(Launch::Segments).into_iter().chain([Launch::Main]) {
             let kernel = |config: &ChunkBwdConfig| device.kernel(&unit::<T>(&variant, config, launch));
             let (kernel, config) = with_registers(&config, kernel)?;
-            slices = shape.v.div_ceil(config.bv);
-            let grid = Grid::of_heads(shape, slices.saturating_mul(segments.count))?;
+            slices_v = shape.v.div_ceil(config.bv);
+            let grid = Grid::of_heads(shape, (slices_v * slices_k).saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
         let recompute = match options.saved_states {
@@ -187,14 +186,15 @@ impl<T: Element> ChunkBwd<T> {
         };
         Ok(Self {
             launches,
-            output: device.kernel(&unit_output::<T>(slices > 1))?,
+            output: device.kernel(&unit_output::<T>(slices_v > 1, slices_k > 1))?,
             recompute,
             local: LocalStates::new(shape, &variant, &segments),
             states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             segments,
-            slices,
+            slices_v,
+            slices_k,
             scale,
         })
     }
@@ -206,8 +206,8 @@ impl<T: Element> ChunkBwd<T> {
     }
 
     /// Bytes of the workspace that a run needs: the states where they are recomputed, what segments do to a state where
-    /// sequences are cut into several, and sums over sequences, segments and slices of V. Never 0, which drivers refuse to
-    /// allocate.
+    /// sequences are cut into several, and sums over sequences, segments and slices of V and K. Never 0, which drivers refuse
+    /// to allocate.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
         let f32_bytes = |len: usize| len.saturating_mul(size_of::<f32>());
@@ -219,6 +219,7 @@ impl<T: Element> ChunkBwd<T> {
             local_decays,
             f32_bytes(self.du_parts_len()),
             f32_bytes(self.partial_len()),
+            f32_bytes(self.dv_parts_len()),
         ])
         .max(256)
     }
@@ -234,7 +235,7 @@ impl<T: Element> ChunkBwd<T> {
 
     /// Gradients of the bonus, one for each slice of V, sequence and segment.
     fn du_parts(&self) -> usize {
-        self.shape.seqs.n().saturating_mul(self.slices).saturating_mul(self.segments.count)
+        self.shape.seqs.n().saturating_mul(self.slices_v).saturating_mul(self.segments.count)
     }
 
     fn du_parts_len(&self) -> usize {
@@ -242,10 +243,14 @@ impl<T: Element> ChunkBwd<T> {
     }
 
     fn partial_len(&self) -> usize {
-        if self.slices == 1 {
+        if self.slices_v == 1 {
             return 0;
         }
-        self.shape.k_len().saturating_mul(K_GRADS).saturating_mul(self.slices)
+        self.shape.k_len().saturating_mul(K_GRADS).saturating_mul(self.slices_v)
+    }
+
+    fn dv_parts_len(&self) -> usize {
+        if self.slices_k == 1 { 0 } else { self.shape.v_len().saturating_mul(self.slices_k) }
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -272,6 +277,7 @@ impl<T: Element> ChunkBwd<T> {
             local_decays: workspace.take(self.local.decays_len)?,
             du_parts: workspace.take(self.du_parts_len())?,
             partial: workspace.take(self.partial_len())?,
+            dv_parts: workspace.take(self.dv_parts_len())?,
         };
         // Later launches bind these, when the first has been queued.
         check_aligned(stream, x, dx)?;
@@ -312,9 +318,11 @@ impl<T: Element> ChunkBwd<T> {
             partial: bind.write("workspace", &mut parts.partial),
             local_states: bind.write("workspace", &mut parts.local_states),
             local_decays: bind.write("workspace", &mut parts.local_decays),
+            dv_parts: bind.write("workspace", &mut parts.dv_parts),
             n: self.shape.seqs.n() as i64,
             t: self.shape.seqs.t() as i64,
             partial_len: self.shape.k_len() as i64,
+            dv_len: self.shape.v_len() as i64,
             // `new` has checked that these fit.
             h: self.shape.h as i32,
             segment_chunks: self.segments.chunks as i32,
@@ -329,21 +337,25 @@ impl<T: Element> ChunkBwd<T> {
         dx: &mut ChunkBwdOutputs<'_, T>,
         parts: &Parts<'_>,
     ) -> Result<(), Error> {
-        let (hk, len) = (u_len(&self.shape), self.shape.k_len());
-        let elements = if self.slices > 1 { hk.max(len) } else { hk };
-        // Tensors of 2^40 elements are more than any memory holds, and have been checked to exist.
-        let blocks = u32::try_from(elements.div_ceil(OUTPUT_THREADS)).unwrap_or(u32::MAX);
-        self.output.launch(stream, Grid::x(blocks), |bind| ChunkBwdOutputParams {
+        let (hk, len, dv_len) = (u_len(&self.shape), self.shape.k_len(), self.shape.v_len());
+        let over_v = if self.slices_v > 1 { len } else { 0 };
+        let over_k = if self.slices_k > 1 { dv_len } else { 0 };
+        let Some(grid) = grid_of_elements(hk.max(over_v).max(over_k)) else { return Ok(()) };
+        self.output.launch(stream, grid, |bind| ChunkBwdOutputParams {
             du_parts: bind.read("workspace", &parts.du_parts),
             partial: bind.read("workspace", &parts.partial),
+            dv_parts: bind.read("workspace", &parts.dv_parts),
             du: bind.write("du", &mut *dx.du),
             dr: bind.write("dr", &mut *dx.dr),
             dk: bind.write("dk", &mut *dx.dk),
+            dv: bind.write("dv", &mut *dx.dv),
             dw: bind.write("dw", &mut *dx.dw),
             parts: self.du_parts() as i64,
             hk: hk as i64,
             len: len as i64,
-            slices: self.slices as i32,
+            dv_len: dv_len as i64,
+            slices_v: self.slices_v as i32,
+            slices_k: self.slices_k as i32,
         })
     }
 
@@ -390,6 +402,7 @@ struct Parts<'a> {
     local_decays: RawSlice<'a, f32>,
     du_parts: RawSlice<'a, f32>,
     partial: RawSlice<'a, f32>,
+    dv_parts: RawSlice<'a, f32>,
 }
 
 fn forward_inputs<'a, T>(x: &ChunkBwdInputs<'a, T>) -> ChunkFwdInputs<'a, T> {
@@ -466,14 +479,17 @@ enum Launch {
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = arch.smem_bytes();
     let mut out = vec![
-        unit_output::<f32>(false),
-        unit_output::<bf16>(false),
-        unit_output::<f16>(false),
-        unit_output::<bf16>(true),
+        unit_output::<f32>(false, false),
+        unit_output::<bf16>(false, false),
+        unit_output::<f16>(false, false),
+        unit_output::<bf16>(true, false),
+        unit_output::<bf16>(true, true),
+        unit_output::<f32>(true, true),
+        unit_output::<f16>(true, true),
     ];
     for (i, head) in HEADS.into_iter().enumerate() {
         out.extend(all_units::<bf16>(arch, head, smem_bytes));
-        if i < 2 {
+        if i < 3 {
             let [main, _] = all_units::<f32>(arch, head, smem_bytes);
             out.push(main);
             let [main, _] = all_units::<f16>(arch, head, smem_bytes);
@@ -491,7 +507,7 @@ pub(crate) fn all_units<T: Element>(arch: Arch, (k, v): (usize, usize), smem_byt
 }
 
 fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkBwdConfig, launch: Launch) -> Unit {
-    let threads = 2 * variant.k.next_multiple_of(16) as u32;
+    let threads = 2 * variant.bk() as u32;
     // All of these are below 2^31: `new` has checked K and V.
     Unit::new::<ChunkBwdParams<T>>("rwkv6", "chunk_bwd", SOURCE, threads)
         .with_smem_bytes(variant.bwd_smem_bytes(config) as u32)
@@ -500,15 +516,18 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkBwdConfig, launch: Lau
         .with("Element", T::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
+        .with("BK", variant.bk() as i32)
         .with("BV", config.bv as i32)
         .with("STAGES", config.stages as i32)
         .with("LOCAL", launch == Launch::Segments)
 }
 
-fn unit_output<T: Element>(is_sliced: bool) -> Unit {
+fn unit_output<T: Element>(is_sliced_v: bool, is_sliced_k: bool) -> Unit {
     Unit::new::<ChunkBwdOutputParams<T>>("rwkv6", "chunk_bwd_output", SOURCE_OUTPUT, OUTPUT_THREADS as u32)
+        .with_headers(PARTS)
         .with("Element", T::DTYPE)
-        .with("SLICED", is_sliced)
+        .with("SLICED_V", is_sliced_v)
+        .with("SLICED_K", is_sliced_k)
         .with("THREADS", OUTPUT_THREADS as i32)
 }
 
@@ -535,9 +554,11 @@ struct ChunkBwdParams<T> {
     partial: PtrMut<f32>,
     local_states: PtrMut<f32>,
     local_decays: PtrMut<f32>,
+    dv_parts: PtrMut<f32>,
     n: i64,
     t: i64,
     partial_len: i64,
+    dv_len: i64,
     h: i32,
     segment_chunks: i32,
     max_segments: i32,
@@ -567,9 +588,11 @@ unsafe impl<T: Element> Params for ChunkBwdParams<T> {
         Field::new("partial", "float*", offset_of!(Self, partial)),
         Field::new("local_states", "float*", offset_of!(Self, local_states)),
         Field::new("local_decays", "float*", offset_of!(Self, local_decays)),
+        Field::new("dv_parts", "float*", offset_of!(Self, dv_parts)),
         Field::new("n", "fla::i64", offset_of!(Self, n)),
         Field::new("t", "fla::i64", offset_of!(Self, t)),
         Field::new("partial_len", "fla::i64", offset_of!(Self, partial_len)),
+        Field::new("dv_len", "fla::i64", offset_of!(Self, dv_len)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("segment_chunks", "fla::i32", offset_of!(Self, segment_chunks)),
         Field::new("max_segments", "fla::i32", offset_of!(Self, max_segments)),
@@ -583,14 +606,18 @@ unsafe impl<T: Element> Params for ChunkBwdParams<T> {
 struct ChunkBwdOutputParams<T> {
     du_parts: Ptr<f32>,
     partial: Ptr<f32>,
+    dv_parts: Ptr<f32>,
     du: PtrMut<f32>,
     dr: PtrMut<T>,
     dk: PtrMut<T>,
+    dv: PtrMut<T>,
     dw: PtrMut<T>,
     parts: i64,
     hk: i64,
     len: i64,
-    slices: i32,
+    dv_len: i64,
+    slices_v: i32,
+    slices_k: i32,
 }
 
 // SAFETY: `#[repr(C)]`, and the fields are listed in order.
@@ -599,13 +626,17 @@ unsafe impl<T: Element> Params for ChunkBwdOutputParams<T> {
     const FIELDS: &'static [Field] = &[
         Field::new("du_parts", "const float*", offset_of!(Self, du_parts)),
         Field::new("partial", "const float*", offset_of!(Self, partial)),
+        Field::new("dv_parts", "const float*", offset_of!(Self, dv_parts)),
         Field::new("du", "float*", offset_of!(Self, du)),
         Field::new("dr", "Cfg::Element*", offset_of!(Self, dr)),
         Field::new("dk", "Cfg::Element*", offset_of!(Self, dk)),
+        Field::new("dv", "Cfg::Element*", offset_of!(Self, dv)),
         Field::new("dw", "Cfg::Element*", offset_of!(Self, dw)),
         Field::new("parts", "fla::i64", offset_of!(Self, parts)),
         Field::new("hk", "fla::i64", offset_of!(Self, hk)),
         Field::new("len", "fla::i64", offset_of!(Self, len)),
-        Field::new("slices", "fla::i32", offset_of!(Self, slices)),
+        Field::new("dv_len", "fla::i64", offset_of!(Self, dv_len)),
+        Field::new("slices_v", "fla::i32", offset_of!(Self, slices_v)),
+        Field::new("slices_k", "fla::i32", offset_of!(Self, slices_k)),
     ];
 }

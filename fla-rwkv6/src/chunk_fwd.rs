@@ -12,14 +12,22 @@ use half::{bf16, f16};
 
 use crate::config::{self, CHUNK, ChunkChoice, ChunkFwdConfig, ChunkFwdWrites, ChunkVariant, Segments};
 
-/// Largest K and V of the chunk passes: a lane has registers for so many rows of the state.
-pub(crate) const MAX_K: usize = 128;
+/// Largest K and V of the chunk passes.
+pub(crate) const MAX_K: usize = 256;
 pub(crate) const MAX_V: usize = 256;
 
 const SOURCE: Source =
     Source { name: "fla/rwkv6/chunk_fwd.cu", text: include_str!("../kernels/chunk_fwd.cu") };
+const SOURCE_OUTPUT: Source =
+    Source { name: "fla/rwkv6/chunk_fwd_output.cu", text: include_str!("../kernels/chunk_fwd_output.cu") };
 pub(crate) const HEADERS: &[Source] =
     &[Source { name: "fla/rwkv6/chunk.cuh", text: include_str!("../kernels/chunk.cuh") }];
+/// What the kernels that add up parts include.
+pub(crate) const PARTS: &[Source] =
+    &[Source { name: "fla/rwkv6/parts.cuh", text: include_str!("../kernels/parts.cuh") }];
+
+/// Threads of the kernels that add up parts; each has one element.
+pub(crate) const OUTPUT_THREADS: usize = 256;
 
 /// What has no safe default, and what may be changed. Both passes of a training step take the same.
 #[derive(Clone, Debug, PartialEq)]
@@ -121,13 +129,16 @@ pub struct ChunkFwdResult<T> {
 /// | `final_state` (out) | `[N, H, K, V]` | f32   | optional                                                      |
 /// | `states` (out)      | `states_len()` | u16   | with [`SavedStates::Kept`]; for [`ChunkBwd`](crate::ChunkBwd) |
 ///
-/// `T` is f32, bf16 or f16; K is at most 128 and V at most 256, any size. A sequence without tokens hands its state through. The values
-/// of `w` are not checked: above 0 the state grows. Lengths have to be known to the host. On GPUs with 99 KiB of shared memory
-/// for a block the widest heads do not fit, which [`ChunkFwd::new`] says.
+/// `T` is f32, bf16 or f16; K and V are at most 256, any size. A sequence without tokens hands its state through. The values
+/// of `w` are not checked: above 0 the state grows. Lengths have to be known to the host.
 ///
 /// `states` holds bits of bf16: for each of the NT chunks and each head an image of the state before it, K and V rounded up
 /// to multiples of 16, so 2 K V bytes for 16 tokens; for f32 and f16 vectors two images whose sum it is. Nothing but
-/// [`ChunkBwd`](crate::ChunkBwd) of the same version reads them.
+/// [`ChunkBwd`](crate::ChunkBwd) of the same version on a GPU of the same architecture reads them.
+///
+/// K above 128, and less on GPUs with 99 KiB of shared memory for a block, is cut into slices that are alike, each a multiple of 16
+/// channels, and `states` covers all of them. Each slice leaves its part of `o` in f32 in the workspace, and a last launch adds
+/// them up.
 ///
 /// Where there are fewer heads than a GPU needs, long sequences are cut into segments: a first launch computes what each does
 /// to a state, into the workspace, and the second takes all segments side by side.
@@ -147,12 +158,16 @@ pub struct ChunkFwd<T> {
     /// In their order: what segments do to a state, where sequences are cut into several, and everything else. Empty when there
     /// is nothing to do.
     launches: Vec<(Kernel<ChunkFwdParams<T>>, Grid)>,
+    /// Adds up what slices of K leave of `o`; none where there is one, or no token.
+    output: Option<(Kernel<ChunkFwdOutputParams<T>>, Grid)>,
     writes: ChunkFwdWrites,
     shape: Shape,
     cut: ChunkCut,
     segments: Segments,
     local: LocalStates,
     states_len: usize,
+    /// Blocks that share K.
+    slices_k: usize,
     scale: f32,
 }
 
@@ -201,24 +216,34 @@ impl<T: Element> ChunkFwd<T> {
         let cut = ChunkCut::new(device, &shape.seqs, CHUNK)?;
         let slots = config::slots(device.sm_count(), config.min_blocks, smem_bytes, block_smem_bytes);
         // The same whatever is written, so that states have the same bits.
-        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv), slots);
+        let slices_k = variant.slices_k();
+        let segments = segments_of(&cut, shape, shape.v.div_ceil(config.bv) * slices_k, slots);
         tracing::debug!(?variant, ?config, ?segments, ?writes, "rwkv6 chunk_fwd");
         let of_segments = (!segments.is_whole()).then_some(ChunkFwdWrites::Segments);
         let mut launches = Vec::new();
         for writes in of_segments.into_iter().chain([writes]) {
             let kernel = |config: &ChunkFwdConfig| device.kernel(&unit::<T>(&variant, config, writes));
             let (kernel, config) = with_registers(&variant.fwd(writes, smem_bytes), kernel)?;
-            let grid = Grid::of_heads(shape, shape.v.div_ceil(config.bv).saturating_mul(segments.count))?;
+            let slices = shape.v.div_ceil(config.bv) * slices_k;
+            let grid = Grid::of_heads(shape, slices.saturating_mul(segments.count))?;
             launches.extend(grid.map(|grid| (kernel, grid)));
         }
+        let output = match grid_of_elements(shape.v_len()) {
+            Some(grid) if slices_k > 1 && writes.output() => {
+                Some((device.kernel(&unit_output::<T>())?, grid))
+            }
+            _ => None,
+        };
         Ok(Self {
             launches,
+            output,
             writes,
             local: LocalStates::new(shape, &variant, &segments),
             states_len: states_len(&cut, shape, &variant),
             shape: shape.clone(),
             cut,
             segments,
+            slices_k,
             scale,
         })
     }
@@ -229,11 +254,17 @@ impl<T: Element> ChunkFwd<T> {
         self.states_len
     }
 
-    /// Bytes of the workspace that a run needs: what segments do to a state, where sequences are cut into several. Never 0,
-    /// which drivers refuse to allocate.
+    /// Bytes of the workspace that a run needs: what segments do to a state, where sequences are cut into several, and parts of
+    /// `o`, where K is cut. Never 0, which drivers refuse to allocate.
     #[must_use]
     pub fn workspace_bytes(&self) -> usize {
-        Workspace::bytes(&self.local.bytes()).max(256)
+        let [local_states, local_decays] = self.local.bytes();
+        let o_parts = self.o_parts_len().saturating_mul(size_of::<f32>());
+        Workspace::bytes(&[local_states, local_decays, o_parts]).max(256)
+    }
+
+    fn o_parts_len(&self) -> usize {
+        if self.output.is_some() { self.shape.v_len().saturating_mul(self.slices_k) } else { 0 }
     }
 
     /// Queues the pass on `stream`. Allocates nothing, never synchronises, and can be captured in a graph.
@@ -307,7 +338,9 @@ impl<T: Element> ChunkFwd<T> {
         let workspace = Workspace::new(stream, workspace, self.workspace_bytes())?;
         let mut local_states = workspace.take::<f32>(self.local.states_len)?;
         let mut local_decays = workspace.take::<f32>(self.local.decays_len)?;
-        // Both bind all tensors, so what the second would refuse the first does.
+        let mut o_parts = workspace.take::<f32>(self.o_parts_len())?;
+        let v_len = self.shape.v_len() as i64;
+        // All tensors are bound by the first, so what a later one would refuse it does.
         for (kernel, grid) in &self.launches {
             kernel.launch(stream, *grid, |bind| ChunkFwdParams {
                 r: bind.read("r", x.r),
@@ -323,12 +356,22 @@ impl<T: Element> ChunkFwd<T> {
                 states: bind.write_opt("states", y.states.as_deref_mut()),
                 local_states: bind.write("workspace", &mut local_states),
                 local_decays: bind.write("workspace", &mut local_decays),
+                o_parts: bind.write("workspace", &mut o_parts),
                 t: self.shape.seqs.t() as i64,
+                o_len: v_len,
                 // `new` has checked that these fit.
                 h: self.shape.h as i32,
                 segment_chunks: self.segments.chunks as i32,
                 max_segments: self.segments.count as i32,
                 scale: self.scale,
+            })?;
+        }
+        if let Some((kernel, grid)) = &self.output {
+            kernel.launch(stream, *grid, |bind| ChunkFwdOutputParams {
+                o_parts: bind.read("workspace", &o_parts),
+                o: bind.write_opt("o", y.o.as_deref_mut()),
+                len: v_len,
+                slices: self.slices_k as i64,
             })?;
         }
         Ok(())
@@ -384,7 +427,14 @@ pub(crate) fn states_len(cut: &ChunkCut, shape: &Shape, variant: &ChunkVariant) 
     cut.nt.saturating_mul(shape.h).saturating_mul(variant.saved_state_len())
 }
 
-/// Where sequences are cut for a GPU that holds `slots` blocks, when V has so many slices.
+/// A thread for each of so many elements, where there are any.
+pub(crate) fn grid_of_elements(len: usize) -> Option<Grid> {
+    // Tensors of 2^40 elements are more than any memory holds, and have been checked to exist when they are launched on.
+    let blocks = u32::try_from(len.div_ceil(OUTPUT_THREADS)).unwrap_or(u32::MAX);
+    (blocks > 0).then(|| Grid::x(blocks))
+}
+
+/// Where sequences are cut for a GPU that holds `slots` blocks, when a head has so many slices.
 pub(crate) fn segments_of(cut: &ChunkCut, shape: &Shape, slices: usize, slots: usize) -> Segments {
     Segments::new(cut.nt, cut.longest, shape.h.saturating_mul(slices), slots)
 }
@@ -449,19 +499,20 @@ pub(crate) fn variant<T: Element>(arch: Arch, shape: &Shape) -> ChunkVariant {
     ChunkVariant { arch, dtype: T::DTYPE, k: shape.k, v: shape.v }
 }
 
-/// Heads that are compiled ahead; the first in every form and the first two in every type.
-pub(crate) const HEADS: [(usize, usize); 5] = [(64, 64), (128, 128), (128, 256), (60, 100), (33, 65)];
+/// Heads that are compiled ahead; the first in every form and the first three in every type.
+pub(crate) const HEADS: [(usize, usize); 7] =
+    [(64, 64), (128, 128), (256, 256), (128, 256), (200, 100), (60, 100), (33, 65)];
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = arch.smem_bytes();
-    let mut out = Vec::new();
+    let mut out = vec![unit_output::<f32>(), unit_output::<bf16>(), unit_output::<f16>()];
     for (i, (k, v)) in HEADS.into_iter().enumerate() {
         let [output, output_and_states, states, segments] = all_units::<bf16>(arch, (k, v), smem_bytes);
         out.extend([output_and_states, segments]);
         if i == 0 {
             out.extend([output, states]);
         }
-        if i < 2 {
+        if i < 3 {
             let [_, output_and_states, _, _] = all_units::<f32>(arch, (k, v), smem_bytes);
             out.push(output_and_states);
             let [_, output_and_states, _, _] = all_units::<f16>(arch, (k, v), smem_bytes);
@@ -487,11 +538,19 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkFwdConfig, writes: Chu
         .with("Element", T::DTYPE)
         .with("K", variant.k as i32)
         .with("V", variant.v as i32)
+        .with("BK", variant.bk() as i32)
         .with("BV", config.bv as i32)
         .with("PREP_WARPS", config.prep_warps as i32)
         .with("OUTPUT", writes.output())
         .with("KEEP_STATES", writes.states())
         .with("LOCAL", writes == ChunkFwdWrites::Segments)
+}
+
+fn unit_output<T: Element>() -> Unit {
+    Unit::new::<ChunkFwdOutputParams<T>>("rwkv6", "chunk_fwd_output", SOURCE_OUTPUT, OUTPUT_THREADS as u32)
+        .with_headers(PARTS)
+        .with("Element", T::DTYPE)
+        .with("THREADS", OUTPUT_THREADS as i32)
 }
 
 /// Twin of `fla::rwkv6::ChunkFwdParams`.
@@ -511,7 +570,9 @@ struct ChunkFwdParams<T> {
     states: PtrMut<u16>,
     local_states: PtrMut<f32>,
     local_decays: PtrMut<f32>,
+    o_parts: PtrMut<f32>,
     t: i64,
+    o_len: i64,
     h: i32,
     segment_chunks: i32,
     max_segments: i32,
@@ -535,11 +596,34 @@ unsafe impl<T: Element> Params for ChunkFwdParams<T> {
         Field::new("states", "fla::u16*", offset_of!(Self, states)),
         Field::new("local_states", "float*", offset_of!(Self, local_states)),
         Field::new("local_decays", "float*", offset_of!(Self, local_decays)),
+        Field::new("o_parts", "float*", offset_of!(Self, o_parts)),
         Field::new("t", "fla::i64", offset_of!(Self, t)),
+        Field::new("o_len", "fla::i64", offset_of!(Self, o_len)),
         Field::new("h", "fla::i32", offset_of!(Self, h)),
         Field::new("segment_chunks", "fla::i32", offset_of!(Self, segment_chunks)),
         Field::new("max_segments", "fla::i32", offset_of!(Self, max_segments)),
         Field::new("scale", "float", offset_of!(Self, scale)),
+    ];
+}
+
+/// Twin of `fla::rwkv6::ChunkFwdOutputParams`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct ChunkFwdOutputParams<T> {
+    o_parts: Ptr<f32>,
+    o: PtrMut<T>,
+    len: i64,
+    slices: i64,
+}
+
+// SAFETY: `#[repr(C)]`, and the fields are listed in order.
+unsafe impl<T: Element> Params for ChunkFwdOutputParams<T> {
+    const CUDA_TYPE: &'static str = "fla::rwkv6::ChunkFwdOutputParams<Cfg::Element>";
+    const FIELDS: &'static [Field] = &[
+        Field::new("o_parts", "const float*", offset_of!(Self, o_parts)),
+        Field::new("o", "Cfg::Element*", offset_of!(Self, o)),
+        Field::new("len", "fla::i64", offset_of!(Self, len)),
+        Field::new("slices", "fla::i64", offset_of!(Self, slices)),
     ];
 }
 
@@ -567,13 +651,24 @@ mod tests {
         if !nvrtc("chunk passes: no_shape_spills") {
             return;
         }
-        // Heads that end within a tile, within a slice of V, and at the limits.
-        const HEADS: &[(usize, usize)] =
-            &[(1, 1), (16, 256), (33, 65), (60, 100), (64, 64), (100, 60), (128, 128), (128, 256)];
+        // Heads that end within a tile, within a slice of K or of V, and at the limits.
+        const HEADS: &[(usize, usize)] = &[
+            (1, 1),
+            (16, 256),
+            (33, 65),
+            (60, 100),
+            (64, 144),
+            (64, 64),
+            (100, 60),
+            (128, 128),
+            (128, 256),
+            (200, 100),
+            (256, 256),
+        ];
         let failures = std::thread::scope(|scope| {
             let other = scope.spawn(|| failures::<f32>(HEADS));
             let mut all = failures::<bf16>(HEADS);
-            all.extend(failures::<f16>(&HEADS[4..]));
+            all.extend(failures::<f16>(&HEADS[5..]));
             all.extend(other.join().expect("does not panic"));
             all
         });

@@ -149,6 +149,9 @@ fn largest_divisor(n: usize, max: usize) -> usize {
 /// Tokens of a chunk: one tile of the tensor cores.
 pub(crate) const CHUNK: usize = 16;
 
+/// Key channels that a block may have: a lane has registers for so many rows of the state.
+const MAX_BK: usize = 128;
+
 /// What the chunk kernels are compiled for: everything but the choices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkVariant {
@@ -236,9 +239,29 @@ impl ChunkVariant {
         if self.dtype == DType::Bf16 { 1 } else { 2 }
     }
 
-    /// K and V as tiles cover them.
+    /// Key channels of a block: all of K, or the fewest slices, alike, that registers and the smallest block of either pass
+    /// have room for. Both passes have the same, as one writes the states that the other reads.
+    ///
+    /// With all of K = 256 in a block nothing compiles without spills for sm_90a: forward, where the state alone takes 128 registers
+    /// of a lane, 4 to 172 bytes; backward, where 16 warps leave 128 registers to a lane, 204 and more. Slices of K cost sums of `o`
+    /// and of `dv`, two numbers in f32 for each that is written; what a slice reads beside its own is `v` and `d_o`.
+    pub(crate) fn bk(&self) -> usize {
+        let smem_bytes = self.arch.smem_bytes();
+        let fits = |bk: &usize| {
+            let smallest = self.fwd_smem(*bk, 16).max(self.bwd_smem(*bk, 16, 2));
+            *bk <= MAX_BK && smallest <= smem_bytes
+        };
+        (1..=self.k).map(|slices| self.k.div_ceil(slices).next_multiple_of(16)).find(fits).unwrap_or(16)
+    }
+
+    /// Slices of K.
+    pub(crate) fn slices_k(&self) -> usize {
+        self.k.div_ceil(self.bk())
+    }
+
+    /// K and V as slices and tiles cover them.
     fn covered(&self) -> (usize, usize) {
-        (self.k.next_multiple_of(16), self.v.next_multiple_of(16))
+        (self.slices_k() * self.bk(), self.v.next_multiple_of(16))
     }
 
     /// Numbers of a saved state.
@@ -262,20 +285,21 @@ impl ChunkVariant {
         self.v.div_ceil(self.v.div_ceil(max)).next_multiple_of(16)
     }
 
-    /// Whether rows of K and of V are whole tiles.
+    /// Whether rows of K and of V are whole slices and tiles.
     fn is_even(&self) -> bool {
-        self.k.is_multiple_of(16) && self.v.is_multiple_of(16)
+        self.k == self.covered().0 && self.v.is_multiple_of(16)
     }
 
-    /// The choice for a forward pass: a warp for every 16 value channels, which holds K / 2 registers of state in each lane.
+    /// The choice for a forward pass: a warp for every 16 value channels, which holds BK / 2 registers of state in each lane.
     pub(crate) fn fwd(&self, writes: ChunkFwdWrites, smem_bytes: usize) -> ChunkFwdConfig {
-        let bv = self.bv(128);
-        let is_small = self.parts() == 1 && self.k <= 64 && bv <= 64;
+        let (bk, bv) = (self.bk(), self.bv(128));
+        let is_small = self.parts() == 1 && bk <= 64 && bv <= 64;
         // 16 warps of a multiprocessor leave 128 registers to a lane, and 8 leave all that it can have.
         let min_blocks = if is_small && self.arch == Arch::SM_90 { 4 } else { spare_blocks(bv / 16) };
-        let mut config = match self.k {
-            // Two parts and half of all registers for the state; other assemblers spill some bytes.
-            65.. if self.parts() == 2 && self.arch != Arch::SM_90 => {
+        let mut config = match bk {
+            // Two parts and half of all registers for the state: some bytes spill where rows of K are cut, and with other
+            // assemblers.
+            65.. if self.parts() == 2 && (self.arch != Arch::SM_90 || self.slices_k() > 1) => {
                 ChunkFwdConfig { bv: self.bv(64), prep_warps: 4, min_blocks: 1 }
             }
             // A state of 64 registers leaves none for making operands beside it if 16 warps are to share a multiprocessor, which
@@ -295,20 +319,21 @@ impl ChunkVariant {
     /// The choice for a backward pass: a warp for every 16 key channels, which holds BV / 2 registers of gradients of the
     /// state in each lane. Slices of V cost sums in device memory.
     pub(crate) fn bwd(&self, smem_bytes: usize) -> ChunkBwdConfig {
+        let bk = self.bk();
         // Rows that end within a tile, and slices of V, take registers for their conditions; from sm_100 on so does more.
         let is_even = self.is_even();
         let is_aligned = [self.k, self.v].iter().all(|d| d.is_multiple_of(4));
         let is_newer = self.arch.major() >= 10;
-        let bv = self.bv(match (self.parts(), self.k) {
+        let bv = self.bv(match (self.parts(), bk) {
             (1, 33..) if is_even && self.v <= 128 && !is_newer => 128,
             (1, _) if is_even => 64,
             (1, _) if is_newer => 16,
             (1, _) => 48,
-            (_, 65..) if is_even && self.v <= 128 => 64,
+            (_, 65..) if is_even && self.v <= 128 && self.slices_k() == 1 => 64,
             _ if is_aligned => 32,
             _ => 16,
         });
-        let min_blocks = spare_blocks(self.covered().0 / 16);
+        let min_blocks = spare_blocks(bk / 16);
         let mut config = ChunkBwdConfig { bv, stages: 3, min_blocks };
         while self.bwd_smem_bytes(&config) > smem_bytes {
             match config {
@@ -322,35 +347,41 @@ impl ChunkVariant {
 
     /// Size of the forward kernel's shared memory; the unit compares it with the kernel's own.
     pub(crate) fn fwd_smem_bytes(&self, config: &ChunkFwdConfig) -> usize {
-        let (k, _) = self.covered();
+        self.fwd_smem(self.bk(), config.bv)
+    }
+
+    fn fwd_smem(&self, bk: usize, bv: usize) -> usize {
         let operands = SmemLayout::default()
-            .with_many(2, SmemLayout::block_tile(self.parts(), CHUNK, k))
-            .with(channels(k))
+            .with_many(2, SmemLayout::block_tile(self.parts(), CHUNK, bk))
+            .with(channels(bk))
             .finished();
         SmemLayout::default()
-            .with_many(2 * 3, SmemLayout::token_tile(self.dtype, k))
-            .with_many(4, SmemLayout::token_tile(self.dtype, config.bv))
+            .with_many(2 * 3, SmemLayout::token_tile(self.dtype, bk))
+            .with_many(4, SmemLayout::token_tile(self.dtype, bv))
             .with_many(3, operands)
-            .with_many(2 * (k / 16) + 2, SmemLayout::acc_tile())
+            .with_many(2 * (bk / 16) + 2, SmemLayout::acc_tile())
             .with_many(SUMS, SmemLayout::block_tile(1, CHUNK, CHUNK))
-            .with_many(2, channels(k))
+            .with_many(2, channels(bk))
             .finished()
             .bytes()
     }
 
     /// Size of the backward kernel's shared memory.
     pub(crate) fn bwd_smem_bytes(&self, config: &ChunkBwdConfig) -> usize {
-        let (k, _) = self.covered();
+        self.bwd_smem(self.bk(), config.bv, config.stages)
+    }
+
+    fn bwd_smem(&self, bk: usize, bv: usize, stages: usize) -> usize {
         let stage = SmemLayout::default()
-            .with_many(3, SmemLayout::token_tile(self.dtype, k))
-            .with_many(2, SmemLayout::token_tile(self.dtype, config.bv))
+            .with_many(3, SmemLayout::token_tile(self.dtype, bk))
+            .with_many(2, SmemLayout::token_tile(self.dtype, bv))
             .finished();
         SmemLayout::default()
-            .with_many(config.stages, stage)
-            .with(SmemLayout::new(2 * self.parts() * k * config.bv * 2, 16))
-            .with(SmemLayout::block_tile(self.parts(), k, config.bv))
-            .with(SmemLayout::block_tile(self.parts(), k, CHUNK))
-            .with_many(k / 16 + 1, SmemLayout::acc_tile())
+            .with_many(stages, stage)
+            .with(SmemLayout::new(2 * self.parts() * bk * bv * 2, 16))
+            .with(SmemLayout::block_tile(self.parts(), bk, bv))
+            .with(SmemLayout::block_tile(self.parts(), bk, CHUNK))
+            .with_many(bk / 16 + 1, SmemLayout::acc_tile())
             .with_many(SUMS, SmemLayout::block_tile(1, CHUNK, CHUNK))
             .finished()
             .bytes()
@@ -463,25 +494,20 @@ mod tests {
 
     #[test]
     fn chunk_choices_cover_every_head_and_fit_a_block() {
-        // The largest K for which everything fits, in one part and in two.
-        for (arch, max_k) in [
-            (Arch::SM_80, [128, 128]),
-            (Arch::new(8, 9), [128, 64]),
-            (Arch::SM_90, [128, 128]),
-            (Arch::new(12, 0), [128, 64]),
-        ] {
-            for (k, v) in (1..=128).flat_map(|d| [(d, d), (d, 64), (64, d), (128, d), (d, 256)]) {
-                for (dtype, max_k) in
-                    [(DType::Bf16, max_k[0]), (DType::F16, max_k[1]), (DType::F32, max_k[1])]
-                {
+        for arch in [Arch::SM_80, Arch::new(8, 9), Arch::SM_90, Arch::new(12, 0)] {
+            for (k, v) in (1..=256).flat_map(|d| [(d, d), (d, 64), (64, d), (256, d), (d, 256)]) {
+                for dtype in [DType::Bf16, DType::F16, DType::F32] {
                     let variant = ChunkVariant { arch, dtype, k, v };
+                    let (bk, slices_k) = (variant.bk(), variant.slices_k());
+                    assert!(bk.is_multiple_of(16) && bk <= 128, "{variant:?}: {bk}");
+                    assert!(slices_k * bk >= k && (slices_k - 1) * bk < k, "{variant:?}: {bk}");
                     let smem_bytes = arch.smem_bytes();
                     let fwd = ChunkFwdWrites::ALL.map(|writes| variant.fwd(writes, smem_bytes));
                     let bwd = variant.bwd(smem_bytes);
                     let of_fwd = fwd.map(|fwd| (fwd.bv, variant.fwd_smem_bytes(&fwd)));
                     for (bv, bytes) in of_fwd.into_iter().chain([(bwd.bv, variant.bwd_smem_bytes(&bwd))]) {
                         let what = || format!("{arch} {variant:?} {fwd:?} {bwd:?}: {bytes} bytes");
-                        assert!(k > max_k || bytes <= smem_bytes, "{}", what());
+                        assert!(bytes <= smem_bytes, "{}", what());
                         assert!(bv.is_multiple_of(16) && bv <= 128, "{}", what());
                         let slices = v.div_ceil(bv);
                         assert!(slices * bv >= v && (slices - 1) * bv < v, "{}", what());
@@ -489,6 +515,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn k_is_cut_where_registers_or_shared_memory_end() {
+        let cut = |arch, dtype, k| {
+            let variant = ChunkVariant { arch, dtype, k, v: 64 };
+            (variant.bk(), variant.slices_k())
+        };
+        let on_h200 = [1, 60, 64, 128, 129, 160, 192, 200, 208, 256].map(|k| cut(Arch::SM_90, DType::F32, k));
+        let wanted =
+            [(16, 1), (64, 1), (64, 1), (128, 1), (80, 2), (80, 2), (96, 2), (112, 2), (112, 2), (128, 2)];
+        assert_eq!(on_h200, wanted);
+        // 99 KiB for a block.
+        let ada = Arch::new(8, 9);
+        assert_eq!([64, 128, 256].map(|k| cut(ada, DType::Bf16, k)), [(64, 1), (128, 1), (128, 2)]);
+        assert_eq!([64, 128, 256].map(|k| cut(ada, DType::F32, k)), [(64, 1), (64, 2), (64, 4)]);
     }
 
     #[test]
@@ -545,5 +587,8 @@ mod tests {
         assert_eq!(variant(DType::Bf16, 60, 17).saved_state_len(), 64 * 32);
         assert_eq!(variant(DType::F16, 64, 64).saved_state_len(), 2 * 64 * 64);
         assert_eq!(variant(DType::F32, 64, 64).local_state_len(), 64 * 64);
+        // Two slices of 112 rows.
+        assert_eq!(variant(DType::Bf16, 200, 64).saved_state_len(), 224 * 64);
+        assert_eq!(variant(DType::Bf16, 200, 64).local_decay_len(), 224);
     }
 }

@@ -11,6 +11,7 @@ use fla_core::{
 use half::{bf16, f16};
 
 use crate::Direction;
+use crate::chunk_fwd::PARTS;
 use crate::recurrent_fwd::{MAX_K, MAX_V, RecurrentFwdOptions};
 
 const SOURCE: Source =
@@ -333,6 +334,7 @@ fn unit<T: Element>(tile: &StateTile, walk: &WalkBack, direction: Direction) -> 
 
 fn output_unit() -> Unit {
     Unit::new::<RecurrentBwdOutputParams>("rwkv6", "recurrent_bwd_output", OUTPUT_SOURCE, OUTPUT_THREADS)
+        .with_headers(PARTS)
         .with("THREADS", OUTPUT_THREADS as i32)
 }
 

@@ -15,7 +15,8 @@ use fla_rwkv6::{
 };
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, widened,
+    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, wide_heads,
+    widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -139,13 +140,28 @@ fn refused(device: &Device, case: &Case) -> Result<(), String> {
 #[test]
 fn chunk_bwd_matches_reference() {
     let Some((device, stream)) = gpu("chunk_bwd_matches_reference") else { return };
-    compile_ahead(|case| {
-        let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
-        drop(ChunkBwd::<bf16>::new(&device, &shape, &options)?);
-        drop(ChunkBwd::<f32>::new(&device, &shape, &options)?);
-        ChunkBwd::<f16>::new(&device, &shape, &options)
-    });
+    compile_ahead(CASES, |case| plans(&device, case));
     run_cases(CASES, |case| case.name.into(), |case| check_all_dtypes(&device, &stream, case));
+}
+
+#[test]
+fn chunk_bwd_matches_reference_for_wide_heads() {
+    let Some((device, stream)) = gpu("chunk_bwd_matches_reference_for_wide_heads") else { return };
+    let cases = wide_heads();
+    compile_ahead(&cases, |case| plans(&device, case));
+    run_cases(
+        &cases,
+        |case| format!("K = {}, V = {}", case.k, case.v),
+        |case| check_all_dtypes(&device, &stream, case),
+    );
+}
+
+/// Makes the plans of a case in every type.
+fn plans(device: &Device, case: &Case) -> Result<(), Error> {
+    let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
+    drop(ChunkBwd::<bf16>::new(device, &shape, &options)?);
+    drop(ChunkBwd::<f32>::new(device, &shape, &options)?);
+    ChunkBwd::<f16>::new(device, &shape, &options).map(drop)
 }
 
 #[test]
@@ -185,9 +201,9 @@ fn the_one_call_forms_and_captured_graphs_give_the_plans_bits() {
     // Event tracking belongs to a context, and other tests run on the shared one.
     let bench = Bench::open().expect("opens");
     let stream = bench.stream().clone();
-    // The second is cut into segments.
-    for (b, t, h) in [(2, 100, 3), (1, 500, 1)] {
-        let case = Case { b, t, h, initial_state: false, final_state: false, ..BASE };
+    // The second is cut into segments, the third into slices of K too.
+    for (b, t, h, k) in [(2, 100, 3, 64), (1, 500, 1, 64), (1, 500, 1, 200)] {
+        let case = Case { b, t, h, k, initial_state: false, final_state: false, ..BASE };
         let problem = Problem::new::<bf16>(&case);
         let want = run::<bf16>(&device, &stream, &case, &problem, SavedStates::Recomputed).expect("runs");
         let [r, k, v, w, u, d_o] = tensors(&stream, &problem);
@@ -213,7 +229,7 @@ fn the_one_call_forms_and_captured_graphs_give_the_plans_bits() {
                 du: stream.clone_dtoh(&dx.du).expect("copies"),
                 d_initial_state: stream.clone_dtoh(&dx.d_initial_state).expect("copies"),
             };
-            assert_eq!(want.same_as(&got), Ok(()), "{t} tokens, {saved_states:?}");
+            assert_eq!(want.same_as(&got), Ok(()), "{t} tokens, K = {}, {saved_states:?}", case.k);
 
             let plan = ChunkBwd::<bf16>::new(&device, &case.shape(), &options).expect("valid");
             let mut workspace = stream.alloc_zeros::<u8>(plan.workspace_bytes()).expect("fits");
@@ -233,7 +249,7 @@ fn the_one_call_forms_and_captured_graphs_give_the_plans_bits() {
                 .expect("captures");
             replay.time(2);
             let same = same_bits("dw", &want.over_tokens[3], &read(&dx.dw));
-            assert_eq!(same, Ok(()), "{t} tokens, {saved_states:?}");
+            assert_eq!(same, Ok(()), "{t} tokens, K = {}, {saved_states:?}", case.k);
         }
     }
 }

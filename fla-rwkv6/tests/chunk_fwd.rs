@@ -12,7 +12,8 @@ use fla_reference::tolerance::{Class, Pass};
 use fla_rwkv6::{ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, SavedStates, chunk_fwd};
 use half::{bf16, f16};
 use problem::{
-    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, widened,
+    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, wide_heads,
+    widened,
 };
 use proptest::prelude::{ProptestConfig, proptest};
 
@@ -107,13 +108,28 @@ fn refused(device: &Device, case: &Case) -> Result<(), String> {
 #[test]
 fn chunk_fwd_matches_reference() {
     let Some((device, stream)) = gpu("chunk_fwd_matches_reference") else { return };
-    compile_ahead(|case| {
-        let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
-        drop(ChunkFwd::<bf16>::new(&device, &shape, &options)?);
-        drop(ChunkFwd::<f32>::new(&device, &shape, &options)?);
-        ChunkFwd::<f16>::new(&device, &shape, &options)
-    });
+    compile_ahead(CASES, |case| plans(&device, case));
     run_cases(CASES, |case| case.name.into(), |case| check_all_dtypes(&device, &stream, case));
+}
+
+#[test]
+fn chunk_fwd_matches_reference_for_wide_heads() {
+    let Some((device, stream)) = gpu("chunk_fwd_matches_reference_for_wide_heads") else { return };
+    let cases = wide_heads();
+    compile_ahead(&cases, |case| plans(&device, case));
+    run_cases(
+        &cases,
+        |case| format!("K = {}, V = {}", case.k, case.v),
+        |case| check_all_dtypes(&device, &stream, case),
+    );
+}
+
+/// Makes the plans of a case in every type.
+fn plans(device: &Device, case: &Case) -> Result<(), Error> {
+    let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
+    drop(ChunkFwd::<bf16>::new(device, &shape, &options)?);
+    drop(ChunkFwd::<f32>::new(device, &shape, &options)?);
+    ChunkFwd::<f16>::new(device, &shape, &options).map(drop)
 }
 
 #[test]
@@ -172,7 +188,11 @@ fn a_captured_graph_gives_the_same_bits() {
     // Event tracking belongs to a context, and other tests run on the shared one.
     let bench = Bench::open().expect("opens");
     let stream = bench.stream().clone();
-    for case in [Case { t: 100, ..BASE }, Case { b: 1, t: 500, h: 1, ..BASE }] {
+    for case in [
+        Case { t: 100, ..BASE },
+        Case { b: 1, t: 500, h: 1, ..BASE },
+        Case { b: 1, t: 500, h: 1, k: 200, ..BASE },
+    ] {
         let problem = Problem::new::<bf16>(&case);
         let got = run::<bf16>(&device, &stream, &case, &problem, SavedStates::Recomputed).expect("runs");
         let ([r, k, v, w, u], initial) = tensors(&stream, &problem);
@@ -303,8 +323,8 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     assert!(o.read().iter().all(|x| x.is_nan()));
 
     for (shape, options, text) in [
-        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 0"),
-        (Shape { k: 257, ..shape.clone() }, options.clone(), "K must be from 1 to 128, but is 257"),
+        (Shape { k: 0, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 0"),
+        (Shape { k: 257, ..shape.clone() }, options.clone(), "K must be from 1 to 256, but is 257"),
         (Shape { v: 257, ..shape.clone() }, options.clone(), "V must be from 1 to 256, but is 257"),
         (Shape { h: 0, ..shape.clone() }, options.clone(), "H must be from 1 to 2147483647, but is 0"),
         (
@@ -323,6 +343,18 @@ fn wrong_arguments_are_named_before_anything_is_launched() {
     let on_device = Shape { seqs: SeqLens::packed_on_device(1, 2), ..shape };
     let error = ChunkFwd::<f32>::new(&device, &on_device, &options);
     assert!(matches!(error, Err(Error::SeqLens { .. })), "{error:?}");
+}
+
+#[test]
+fn slices_of_k_leave_parts_of_o_in_the_workspace() {
+    let Some((device, _)) = gpu("slices_of_k_leave_parts_of_o_in_the_workspace") else { return };
+    let bytes = |k, t| {
+        let shape = Shape { seqs: SeqLens::dense(2, t), h: 3, k, v: 64 };
+        let plan = ChunkFwd::<bf16>::new(&device, &shape, &ChunkFwdOptions::new(1.0)).expect("valid");
+        plan.workspace_bytes()
+    };
+    assert_eq!(bytes(256, 5), 2 * (2 * 5 * 3 * 64) * size_of::<f32>());
+    assert_eq!([bytes(128, 5), bytes(256, 0)], [256, 256]);
 }
 
 #[test]
