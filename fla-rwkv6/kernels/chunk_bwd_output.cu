@@ -7,7 +7,7 @@
 //
 // Reference  fla_reference::rwkv6::chunk_bwd
 // Launch     grid ceil(n / THREADS), block THREADS: a thread is one number of each gradient; n is the largest of H K,
-//            B T H K with SLICED_V and B T H V with SLICED_K
+//            B T H K where V has slices and B T H V where K has
 // FLA        chunk_rwkv6
 #pragma once
 #include <fla/core/prelude.cuh>
@@ -18,8 +18,8 @@ namespace fla::rwkv6 {
 template <class Element>
 struct ChunkBwdOutputParams {
     const float* du_parts;  // [parts, H, K]
-    const float* partial;   // [slices_v, 3, len]   unused without SLICED_V
-    const float* dv_parts;  // [slices_k, dv_len]   unused without SLICED_K
+    const float* partial;   // [SLICES_V, 3, len]  unused with one slice
+    const float* dv_parts;  // [SLICES_K, dv_len]  unused with one slice
     float* du;              // [H, K]
     Element* dr;            // [len]
     Element* dk;            // [len]
@@ -29,15 +29,13 @@ struct ChunkBwdOutputParams {
     i64 hk;                 // H K
     i64 len;                // B T H K
     i64 dv_len;             // B T H V
-    i32 slices_v;
-    i32 slices_k;
 };
 
 template <class Cfg>
 concept ChunkBwdOutputConfig = requires {
     typename Cfg::Element;
-    Cfg::SLICED_V;  // V has several slices
-    Cfg::SLICED_K;  // K has
+    Cfg::SLICES_V;  // of V
+    Cfg::SLICES_K;  // of K
     Cfg::THREADS;   // of a block
 };
 
@@ -46,15 +44,15 @@ __device__ void chunk_bwd_output(const ChunkBwdOutputParams<typename Cfg::Elemen
     using Element = typename Cfg::Element;
     const i64 i = i64(blockIdx.x) * Cfg::THREADS + threadIdx.x;
     if (i < p.hk) p.du[i] = sum_parts(p.du_parts + i, p.parts, p.hk);  // (1)
-    if (Cfg::SLICED_V && i < p.len) {
+    if (Cfg::SLICES_V > 1 && i < p.len) {
         Element* const grads[3] = {p.dr, p.dk, p.dw};
         #pragma unroll
         for (int i_x = 0; i_x < 3; ++i_x) {
-            grads[i_x][i] = from_f32<Element>(sum_parts(p.partial + i_x * p.len + i, p.slices_v, 3 * p.len));  // (2)
+            grads[i_x][i] = from_f32<Element>(sum_slices<Cfg::SLICES_V>(p.partial + i_x * p.len + i, 3 * p.len));  // (2)
         }
     }
-    if (Cfg::SLICED_K && i < p.dv_len) {
-        p.dv[i] = from_f32<Element>(sum_parts(p.dv_parts + i, p.slices_k, p.dv_len));  // (3)
+    if (Cfg::SLICES_K > 1 && i < p.dv_len) {
+        p.dv[i] = from_f32<Element>(sum_slices<Cfg::SLICES_K>(p.dv_parts + i, p.dv_len));  // (3)
     }
 }
 

@@ -13,22 +13,22 @@ namespace fla::rwkv6 {
 
 template <class Element>
 struct ChunkFwdOutputParams {
-    const float* o_parts;  // [slices, len]
+    const float* o_parts;  // [SLICES, len]
     Element* o;            // [len]
     i64 len;               // B T H V
-    i64 slices;            // of K
 };
 
 template <class Cfg>
 concept ChunkFwdOutputConfig = requires {
     typename Cfg::Element;
+    Cfg::SLICES;   // of K
     Cfg::THREADS;  // of a block
 };
 
 template <ChunkFwdOutputConfig Cfg>
 __device__ void chunk_fwd_output(const ChunkFwdOutputParams<typename Cfg::Element>& p) {
     const i64 i = i64(blockIdx.x) * Cfg::THREADS + threadIdx.x;
-    if (i < p.len) p.o[i] = from_f32<typename Cfg::Element>(sum_parts(p.o_parts + i, p.slices, p.len));  // (1)
+    if (i < p.len) p.o[i] = from_f32<typename Cfg::Element>(sum_slices<Cfg::SLICES>(p.o_parts + i, p.len));  // (1)
 }
 
 }  // namespace fla::rwkv6

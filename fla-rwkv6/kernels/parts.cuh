@@ -12,4 +12,13 @@ __device__ inline float sum_parts(const float* parts, i64 count, i64 stride) {
     return sum;
 }
 
+// The same of so few that all are asked for at once.
+template <int COUNT>
+__device__ float sum_slices(const float* parts, i64 stride) {
+    float sum = 0.0f;
+    #pragma unroll
+    for (int i = 0; i < COUNT; ++i) sum += parts[i * stride];
+    return sum;
+}
+
 }  // namespace fla::rwkv6

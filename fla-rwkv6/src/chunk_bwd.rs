@@ -186,7 +186,7 @@ impl<T: Element> ChunkBwd<T> {
         };
         Ok(Self {
             launches,
-            output: device.kernel(&unit_output::<T>(slices_v > 1, slices_k > 1))?,
+            output: device.kernel(&unit_output::<T>(slices_v, slices_k))?,
             recompute,
             local: LocalStates::new(shape, &variant, &segments),
             states_len: states_len(&cut, shape, &variant),
@@ -354,8 +354,6 @@ impl<T: Element> ChunkBwd<T> {
             hk: hk as i64,
             len: len as i64,
             dv_len: dv_len as i64,
-            slices_v: self.slices_v as i32,
-            slices_k: self.slices_k as i32,
         })
     }
 
@@ -478,25 +476,31 @@ enum Launch {
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = arch.smem_bytes();
-    let mut out = vec![
-        unit_output::<f32>(false, false),
-        unit_output::<bf16>(false, false),
-        unit_output::<f16>(false, false),
-        unit_output::<bf16>(true, false),
-        unit_output::<bf16>(true, true),
-        unit_output::<f32>(true, true),
-        unit_output::<f16>(true, true),
-    ];
+    let (mut out, mut outputs) = (Vec::new(), Vec::<Unit>::new());
     for (i, head) in HEADS.into_iter().enumerate() {
         out.extend(all_units::<bf16>(arch, head, smem_bytes));
+        let mut of_head = vec![output_of::<bf16>(arch, head)];
         if i < 3 {
             let [main, _] = all_units::<f32>(arch, head, smem_bytes);
             out.push(main);
             let [main, _] = all_units::<f16>(arch, head, smem_bytes);
             out.push(main);
+            of_head.extend([output_of::<f32>(arch, head), output_of::<f16>(arch, head)]);
+        }
+        // Heads with as many slices share these.
+        for unit in of_head {
+            if outputs.iter().all(|other| other.constants() != unit.constants()) {
+                outputs.push(unit);
+            }
         }
     }
+    out.extend(outputs);
     out
+}
+
+fn output_of<T: Element>(arch: Arch, (k, v): (usize, usize)) -> Unit {
+    let variant = ChunkVariant { arch, dtype: T::DTYPE, k, v };
+    unit_output::<T>(v.div_ceil(variant.bwd(arch.smem_bytes()).bv), variant.slices_k())
 }
 
 /// The kernels for heads of K by V in this type.
@@ -522,12 +526,12 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkBwdConfig, launch: Lau
         .with("LOCAL", launch == Launch::Segments)
 }
 
-fn unit_output<T: Element>(is_sliced_v: bool, is_sliced_k: bool) -> Unit {
+fn unit_output<T: Element>(slices_v: usize, slices_k: usize) -> Unit {
     Unit::new::<ChunkBwdOutputParams<T>>("rwkv6", "chunk_bwd_output", SOURCE_OUTPUT, OUTPUT_THREADS as u32)
         .with_headers(PARTS)
         .with("Element", T::DTYPE)
-        .with("SLICED_V", is_sliced_v)
-        .with("SLICED_K", is_sliced_k)
+        .with("SLICES_V", slices_v as i32)
+        .with("SLICES_K", slices_k as i32)
         .with("THREADS", OUTPUT_THREADS as i32)
 }
 
@@ -616,8 +620,6 @@ struct ChunkBwdOutputParams<T> {
     hk: i64,
     len: i64,
     dv_len: i64,
-    slices_v: i32,
-    slices_k: i32,
 }
 
 // SAFETY: `#[repr(C)]`, and the fields are listed in order.
@@ -636,7 +638,5 @@ unsafe impl<T: Element> Params for ChunkBwdOutputParams<T> {
         Field::new("hk", "fla::i64", offset_of!(Self, hk)),
         Field::new("len", "fla::i64", offset_of!(Self, len)),
         Field::new("dv_len", "fla::i64", offset_of!(Self, dv_len)),
-        Field::new("slices_v", "fla::i32", offset_of!(Self, slices_v)),
-        Field::new("slices_k", "fla::i32", offset_of!(Self, slices_k)),
     ];
 }

@@ -230,7 +230,7 @@ impl<T: Element> ChunkFwd<T> {
         }
         let output = match grid_of_elements(shape.v_len()) {
             Some(grid) if slices_k > 1 && writes.output() => {
-                Some((device.kernel(&unit_output::<T>())?, grid))
+                Some((device.kernel(&unit_output::<T>(slices_k))?, grid))
             }
             _ => None,
         };
@@ -371,7 +371,6 @@ impl<T: Element> ChunkFwd<T> {
                 o_parts: bind.read("workspace", &o_parts),
                 o: bind.write_opt("o", y.o.as_deref_mut()),
                 len: v_len,
-                slices: self.slices_k as i64,
             })?;
         }
         Ok(())
@@ -505,7 +504,7 @@ pub(crate) const HEADS: [(usize, usize); 7] =
 
 pub(crate) fn units(arch: Arch) -> Vec<Unit> {
     let smem_bytes = arch.smem_bytes();
-    let mut out = vec![unit_output::<f32>(), unit_output::<bf16>(), unit_output::<f16>()];
+    let mut out = vec![unit_output::<f32>(2), unit_output::<bf16>(2), unit_output::<f16>(2)];
     for (i, (k, v)) in HEADS.into_iter().enumerate() {
         let [output, output_and_states, states, segments] = all_units::<bf16>(arch, (k, v), smem_bytes);
         out.extend([output_and_states, segments]);
@@ -546,10 +545,11 @@ fn unit<T: Element>(variant: &ChunkVariant, config: &ChunkFwdConfig, writes: Chu
         .with("LOCAL", writes == ChunkFwdWrites::Segments)
 }
 
-fn unit_output<T: Element>() -> Unit {
+fn unit_output<T: Element>(slices: usize) -> Unit {
     Unit::new::<ChunkFwdOutputParams<T>>("rwkv6", "chunk_fwd_output", SOURCE_OUTPUT, OUTPUT_THREADS as u32)
         .with_headers(PARTS)
         .with("Element", T::DTYPE)
+        .with("SLICES", slices as i32)
         .with("THREADS", OUTPUT_THREADS as i32)
 }
 
@@ -613,7 +613,6 @@ struct ChunkFwdOutputParams<T> {
     o_parts: Ptr<f32>,
     o: PtrMut<T>,
     len: i64,
-    slices: i64,
 }
 
 // SAFETY: `#[repr(C)]`, and the fields are listed in order.
@@ -623,7 +622,6 @@ unsafe impl<T: Element> Params for ChunkFwdOutputParams<T> {
         Field::new("o_parts", "const float*", offset_of!(Self, o_parts)),
         Field::new("o", "Cfg::Element*", offset_of!(Self, o)),
         Field::new("len", "fla::i64", offset_of!(Self, len)),
-        Field::new("slices", "fla::i64", offset_of!(Self, slices)),
     ];
 }
 
