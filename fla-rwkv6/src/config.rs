@@ -206,6 +206,8 @@ impl ChunkChoice for ChunkBwdConfig {
         match (self.min_blocks, self.bv) {
             (2.., _) => Some(Self { min_blocks: 1, ..self }),
             (_, 17..) => Some(Self { bv: (self.bv / 2).next_multiple_of(16), ..self }),
+            // Two chunks change places with fewer registers than three.
+            _ if self.stages == 3 => Some(Self { stages: 2, ..self }),
             _ => None,
         }
     }
@@ -334,7 +336,8 @@ impl ChunkVariant {
             _ => 16,
         });
         let min_blocks = spare_blocks(bk / 16);
-        let mut config = ChunkBwdConfig { bv, stages: 3, min_blocks };
+        let stages = if is_newer && !is_even && self.slices_k() > 1 { 2 } else { 3 };
+        let mut config = ChunkBwdConfig { bv, stages, min_blocks };
         while self.bwd_smem_bytes(&config) > smem_bytes {
             match config {
                 ChunkBwdConfig { stages: 3, .. } => config.stages = 2,
@@ -539,9 +542,9 @@ mod tests {
         let mut seen = Vec::new();
         while let Some(next) = config.with_more_registers() {
             config = next;
-            seen.push((config.bv, config.min_blocks));
+            seen.push((config.bv, config.stages, config.min_blocks));
         }
-        assert_eq!(seen, [(112, 1), (64, 1), (32, 1), (16, 1)]);
+        assert_eq!(seen, [(112, 3, 1), (64, 3, 1), (32, 3, 1), (16, 3, 1), (16, 2, 1)]);
         let mut config = ChunkFwdConfig { bv: 128, prep_warps: 0, min_blocks: 4 };
         let mut seen = Vec::new();
         while let Some(next) = config.with_more_registers() {
