@@ -9,6 +9,6 @@ mod cases;
 mod gpu;
 
 pub use bench::{Bench, Case, Replay, Samples};
-pub use buffer::{Guarded, Poison, same_bits};
-pub use cases::run_cases;
+pub use buffer::{Bits, Guarded, Poison, same_bits};
+pub use cases::{compile_ahead, run_cases};
 pub use gpu::{gpu, gpu_is_required, nvrtc};

@@ -5,15 +5,13 @@ mod problem;
 use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
-use fla_core::testing::{Bench, Guarded, Poison, gpu, run_cases, same_bits};
+use fla_core::testing::{Bench, Bits, Guarded, Poison, compile_ahead, gpu, run_cases, same_bits};
 use fla_core::{Device, Error, SeqLens, Shape};
 use fla_dplr::{ChunkFwd, ChunkFwdInputs, ChunkFwdOptions, ChunkFwdOutputs, SavedStates, chunk_fwd};
 use fla_reference::inputs::Storage;
 use fla_reference::tolerance::{Class, Pass};
 use half::{bf16, f16};
-use problem::{
-    BASE, Bits, CASES, Case, Judge, Keys, Problem, any_case, compile_ahead, regimes, to_device, widened,
-};
+use problem::{BASE, CASES, Case, Judge, Keys, Problem, any_case, regimes, to_device, widened};
 use proptest::prelude::{ProptestConfig, proptest};
 
 /// What a run returned.
@@ -93,12 +91,16 @@ fn check_all_dtypes(device: &Device, stream: &Arc<CudaStream>, case: &Case) -> R
 #[test]
 fn chunk_fwd_matches_reference() {
     let Some((device, stream)) = gpu("chunk_fwd_matches_reference") else { return };
-    compile_ahead(|case| {
-        let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
-        drop(ChunkFwd::<bf16>::new(&device, &shape, &options)?);
-        drop(ChunkFwd::<f32>::new(&device, &shape, &options)?);
-        ChunkFwd::<f16>::new(&device, &shape, &options)
-    });
+    compile_ahead(
+        CASES,
+        |case| case.name.into(),
+        |case| {
+            let (shape, options) = (case.shape(), case.options(SavedStates::Recomputed));
+            drop(ChunkFwd::<bf16>::new(&device, &shape, &options)?);
+            drop(ChunkFwd::<f32>::new(&device, &shape, &options)?);
+            ChunkFwd::<f16>::new(&device, &shape, &options)
+        },
+    );
     run_cases(CASES, |case| case.name.into(), |case| check_all_dtypes(&device, &stream, case));
 }
 

@@ -5,7 +5,7 @@ mod problem;
 use std::sync::Arc;
 
 use fla_core::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
-use fla_core::testing::{Bench, Guarded, Poison, gpu, run_cases, same_bits};
+use fla_core::testing::{Bench, Bits, Guarded, Poison, compile_ahead, gpu, run_cases, same_bits};
 use fla_core::{Device, Error, SeqLens, Shape};
 use fla_reference::inputs::Storage;
 use fla_reference::tolerance::{Class, Pass};
@@ -14,10 +14,7 @@ use fla_rwkv6::{
     SavedStates, chunk_bwd, chunk_fwd,
 };
 use half::{bf16, f16};
-use problem::{
-    BASE, Bits, CASES, Case, Judge, MAX_K, Problem, any_case, compile_ahead, regimes, to_device, wide_heads,
-    widened,
-};
+use problem::{BASE, CASES, Case, Judge, MAX_K, Problem, any_case, regimes, to_device, wide_heads, widened};
 use proptest::prelude::{ProptestConfig, proptest};
 
 /// The gradients over tokens: of r, k, v and w.
@@ -140,7 +137,7 @@ fn refused(device: &Device, case: &Case) -> Result<(), String> {
 #[test]
 fn chunk_bwd_matches_reference() {
     let Some((device, stream)) = gpu("chunk_bwd_matches_reference") else { return };
-    compile_ahead(CASES, |case| plans(&device, case));
+    compile_ahead(CASES, |case| case.name.into(), |case| plans(&device, case));
     run_cases(CASES, |case| case.name.into(), |case| check_all_dtypes(&device, &stream, case));
 }
 
@@ -148,12 +145,9 @@ fn chunk_bwd_matches_reference() {
 fn chunk_bwd_matches_reference_for_wide_heads() {
     let Some((device, stream)) = gpu("chunk_bwd_matches_reference_for_wide_heads") else { return };
     let cases = wide_heads();
-    compile_ahead(&cases, |case| plans(&device, case));
-    run_cases(
-        &cases,
-        |case| format!("K = {}, V = {}", case.k, case.v),
-        |case| check_all_dtypes(&device, &stream, case),
-    );
+    let name = |case: &Case| format!("K = {}, V = {}", case.k, case.v);
+    compile_ahead(&cases, name, |case| plans(&device, case));
+    run_cases(&cases, name, |case| check_all_dtypes(&device, &stream, case));
 }
 
 /// Makes the plans of a case in every type.

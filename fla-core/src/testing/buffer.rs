@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
 use half::{bf16, f16};
 
 use crate::Element;
@@ -124,6 +124,54 @@ impl<T: Poison> Drop for Guarded<T> {
         if !self.checked && !std::thread::panicking() {
             let _ = self.read();
         }
+    }
+}
+
+/// A device buffer of what is no element: every bit set, which is NaN in every float format, and more of it on either side
+/// that nobody may write. For workspaces and states in a form of their own.
+#[derive(Debug)]
+pub struct Bits<T> {
+    memory: CudaSlice<T>,
+    fill: T,
+}
+
+impl<T: DeviceRepr + Copy + PartialEq> Bits<T> {
+    /// `len` elements that are all `fill`, which has every bit set.
+    ///
+    /// # Panics
+    ///
+    /// When the device refuses.
+    #[must_use]
+    pub fn new(stream: &Arc<CudaStream>, len: usize, fill: T) -> Self {
+        Self {
+            memory: stream.clone_htod(&vec![fill; len + 2 * GUARD]).expect("test data fit the device"),
+            fill,
+        }
+    }
+
+    /// The elements in the middle, to be read by a kernel.
+    #[must_use]
+    pub fn view(&self) -> CudaView<'_, T> {
+        self.memory.slice(GUARD..self.memory.len() - GUARD)
+    }
+
+    /// The elements in the middle, to be written by a kernel.
+    pub fn view_mut(&mut self) -> CudaViewMut<'_, T> {
+        let end = self.memory.len() - GUARD;
+        self.memory.slice_mut(GUARD..end)
+    }
+
+    /// The elements in the middle on the host, when nothing around them was written.
+    ///
+    /// # Panics
+    ///
+    /// When something was, or the device fails.
+    pub fn read(&self, name: &str) -> Vec<T> {
+        let all = self.memory.stream().clone_dtoh(&self.memory).expect("the device returns test data");
+        let (before, rest) = all.split_at(GUARD);
+        let (payload, after) = rest.split_at(rest.len() - GUARD);
+        assert!(before.iter().chain(after).all(|x| *x == self.fill), "`{name}` was written out of bounds");
+        payload.to_vec()
     }
 }
 

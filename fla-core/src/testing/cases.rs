@@ -1,6 +1,9 @@
 //! Tables of named cases: all run, all reported together.
 
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::available_parallelism;
 
 /// Runs every case and reports all failures at once.
 ///
@@ -34,9 +37,43 @@ pub fn run_cases<C>(cases: &[C], name: impl Fn(&C) -> String, run: impl Fn(&C) -
     assert!(failures.is_empty(), "{} of {ran} cases failed\n{}", failures.len(), failures.join("\n"));
 }
 
+/// Makes the plans of all cases that [`run_cases`] will run, side by side: each compiles kernels of its own, which the cases
+/// then find. A plan that cannot be made is for its case to report.
+pub fn compile_ahead<C: Sync, P, E>(
+    cases: &[C],
+    name: impl Fn(&C) -> String,
+    plan: impl Fn(&C) -> Result<P, E> + Sync,
+) {
+    let filter = std::env::var("FLA_CASE").unwrap_or_default();
+    let cases: Vec<&C> = cases.iter().filter(|case| name(case).contains(&filter)).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    drop(plan(case));
+                }
+            });
+        }
+    });
+}
+
 #[cfg(test)]
 mod tests {
-    use super::run_cases;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::{compile_ahead, run_cases};
+
+    #[test]
+    fn every_plan_is_made_once() {
+        let made = [const { AtomicUsize::new(0) }; 9];
+        let cases: Vec<usize> = (0..made.len()).collect();
+        compile_ahead(&cases, ToString::to_string, |&i| {
+            made[i].fetch_add(1, Ordering::Relaxed);
+            if i == 3 { Err("no plan") } else { Ok(()) }
+        });
+        assert!(made.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{made:?}");
+    }
 
     #[test]
     fn every_failure_is_reported() {

@@ -1,14 +1,11 @@
 //! Cases, inputs and references that the tests of the chunk passes share.
 #![allow(dead_code, reason = "every test uses its part")]
 
-use std::num::NonZero;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::available_parallelism;
 
-use fla_core::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use fla_core::cudarc::driver::CudaStream;
 use fla_core::testing::{Guarded, Poison};
-use fla_core::{DType, Error, SeqLens, Shape};
+use fla_core::{DType, SeqLens, Shape};
 use fla_dplr::{ChunkFwdOptions, Decay, SavedStates, Transition};
 use fla_reference::compare::{F16_SPACING, first_non_finite, relative_rms_beyond};
 use fla_reference::dplr::{self, OutputGrads, Outputs};
@@ -396,59 +393,6 @@ impl Judge {
         }
         Err(format!("{name}: relative RMS {error:.2e} > {limit:.1e}, cancellation {cancellation:.1e}"))
     }
-}
-
-/// Bits that are NaN in every float format, with some more on either side that nobody may write.
-pub(crate) struct Bits<T> {
-    memory: CudaSlice<T>,
-    fill: T,
-}
-
-/// Elements on either side: whole parts of a workspace.
-const AROUND: usize = 256;
-
-impl<T: DeviceRepr + Copy + PartialEq> Bits<T> {
-    /// `len` elements that are all `fill`, which has every bit set.
-    pub(crate) fn new(stream: &Arc<CudaStream>, len: usize, fill: T) -> Self {
-        Self { memory: stream.clone_htod(&vec![fill; len + 2 * AROUND]).expect("fits"), fill }
-    }
-
-    /// The elements in the middle, to be read by a kernel.
-    pub(crate) fn view(&self) -> CudaView<'_, T> {
-        self.memory.slice(AROUND..self.memory.len() - AROUND)
-    }
-
-    /// The elements in the middle, to be written by a kernel.
-    pub(crate) fn view_mut(&mut self) -> CudaViewMut<'_, T> {
-        let end = self.memory.len() - AROUND;
-        self.memory.slice_mut(AROUND..end)
-    }
-
-    /// The elements in the middle on the host, when nothing around them was written.
-    pub(crate) fn read(&self, name: &str) -> Vec<T> {
-        let all = self.memory.stream().clone_dtoh(&self.memory).expect("copies");
-        let (before, rest) = all.split_at(AROUND);
-        let (payload, after) = rest.split_at(rest.len() - AROUND);
-        assert!(before.iter().chain(after).all(|x| *x == self.fill), "`{name}` was written out of bounds");
-        payload.to_vec()
-    }
-}
-
-/// Makes the plans of all cases that a filter leaves, side by side: each compiles kernels of its own, which the cases then find.
-/// A plan that cannot be made is for its case to report.
-pub(crate) fn compile_ahead<P>(plan: impl Fn(&Case) -> Result<P, Error> + Sync) {
-    let filter = std::env::var("FLA_CASE").unwrap_or_default();
-    let cases: Vec<&Case> = CASES.iter().filter(|case| case.name.contains(&filter)).collect();
-    let next = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..available_parallelism().map_or(1, NonZero::get) {
-            scope.spawn(|| {
-                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    drop(plan(case));
-                }
-            });
-        }
-    });
 }
 
 /// Small shapes of every kind.
