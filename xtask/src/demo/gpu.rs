@@ -245,6 +245,40 @@ impl GpuMemory for Dplr {
     }
 }
 
+impl Resident {
+    /// Tokens of the gated delta rule one by one, from the state that is kept.
+    fn gated_delta_step(
+        &mut self,
+        shape: &fla_gated_delta::Shape,
+        x: &fla_gated_delta::RecurrentFwdInputs<'_, f32>,
+        options: &fla_gated_delta::RecurrentFwdOptions,
+    ) -> Result<GpuStep> {
+        let gpu = self.gpu.clone();
+        let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, shape, options)?;
+        self.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
+            let x = fla_gated_delta::RecurrentFwdInputs { initial_state: resident.initial_state(), ..*x };
+            let final_state = FinalState::New(final_state);
+            let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
+            Ok(plan.run(&gpu.stream, &x, &mut y)?)
+        })
+    }
+}
+
+/// The same tokens in chunks, from and to this state.
+fn gated_delta_in_chunks(
+    gpu: &Gpu,
+    state: &mut Option<CudaSlice<f32>>,
+    shape: &fla_gated_delta::Shape,
+    x: &fla_gated_delta::ChunkFwdInputs<'_, f32>,
+    options: &fla_gated_delta::ChunkFwdOptions,
+) -> Result<Option<Vec<f32>>> {
+    let initial_state = state.as_ref().map(|state| state as &dyn DevicePtr<f32>);
+    let x = fla_gated_delta::ChunkFwdInputs { initial_state, ..*x };
+    let y = fla_gated_delta::chunk_fwd(&gpu.device, shape, &x, options)?;
+    *state = Some(y.final_state);
+    Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
+}
+
 /// Starts the gated delta rule.
 pub(super) fn gated_delta(gpu: &Gpu) -> Result<Box<dyn GpuMemory>> {
     Ok(Box::new(GatedDelta(Resident { gpu: gpu.clone(), state: None }, None)))
@@ -260,25 +294,19 @@ impl GpuMemory for GatedDelta {
         let (q, k, v) =
             (gpu.upload(segment.next_keys())?, gpu.upload(segment.keys())?, gpu.upload(&segment.values)?);
         let (g, beta) = (gpu.upload(&gates.g)?, gpu.upload(&gates.beta)?);
+        let x = fla_gated_delta::RecurrentFwdInputs {
+            q: &q,
+            k: &k,
+            v: &v,
+            g: fla_gated_delta::Gate::Log(&g),
+            gk: None,
+            gv: None,
+            beta: fla_gated_delta::Beta::PerHead(&beta),
+            initial_state: None,
+            cu_seqlens: None,
+        };
         let options = fla_gated_delta::RecurrentFwdOptions::new(1.0);
-        let shape = value_head_shape(segment.t(), HEADS.len());
-        let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
-        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
-            let x = fla_gated_delta::RecurrentFwdInputs {
-                q: &q,
-                k: &k,
-                v: &v,
-                g: fla_gated_delta::Gate::Log(&g),
-                gk: None,
-                gv: None,
-                beta: fla_gated_delta::Beta::PerHead(&beta),
-                initial_state: resident.initial_state(),
-                cu_seqlens: None,
-            };
-            let final_state = FinalState::New(final_state);
-            let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
-            Ok(plan.run(&gpu.stream, &x, &mut y)?)
-        })
+        self.0.gated_delta_step(&value_head_shape(segment.t(), HEADS.len()), &x, &options)
     }
 
     fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
@@ -293,13 +321,11 @@ impl GpuMemory for GatedDelta {
             v: &v,
             g: fla_gated_delta::Gate::Log(&g),
             beta: fla_gated_delta::Beta::PerHead(&beta),
-            initial_state: self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+            initial_state: None,
         };
         let options = fla_gated_delta::ChunkFwdOptions::new(1.0);
         let shape = value_head_shape(segment.t(), HEADS.len());
-        let y = fla_gated_delta::chunk_fwd(&gpu.device, &shape, &x, &options)?;
-        self.1 = Some(y.final_state);
-        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
+        gated_delta_in_chunks(gpu, &mut self.1, &shape, &x, &options)
     }
 }
 
@@ -348,24 +374,18 @@ impl GpuMemory for DeltaLayerOnGpu {
             .with_gate(fla_gated_delta::GateForm::Raw)
             .with_beta_map(fla_gated_delta::BetaMap::TwiceSigmoid)
             .with_qk_norm(fla_gated_delta::QkNorm::L2);
-        let shape = value_head_shape(segment.t(), VALUE_HEADS);
-        let plan = fla_gated_delta::RecurrentFwd::<f32>::new(&gpu.device, &shape, &options)?;
-        self.0.step(shape.v_len(), shape.state_len(), |resident, o, final_state| {
-            let x = fla_gated_delta::RecurrentFwdInputs {
-                q: &x.q,
-                k: &x.k,
-                v: &x.v,
-                g: x.gate(),
-                gk: None,
-                gv: None,
-                beta: fla_gated_delta::Beta::PerHead(&x.beta),
-                initial_state: resident.initial_state(),
-                cu_seqlens: None,
-            };
-            let final_state = FinalState::New(final_state);
-            let mut y = fla_gated_delta::RecurrentFwdOutputs { o, final_state, token_states: None };
-            Ok(plan.run(&gpu.stream, &x, &mut y)?)
-        })
+        let inputs = fla_gated_delta::RecurrentFwdInputs {
+            q: &x.q,
+            k: &x.k,
+            v: &x.v,
+            g: x.gate(),
+            gk: None,
+            gv: None,
+            beta: fla_gated_delta::Beta::PerHead(&x.beta),
+            initial_state: None,
+            cu_seqlens: None,
+        };
+        self.0.gated_delta_step(&value_head_shape(segment.t(), VALUE_HEADS), &inputs, &options)
     }
 
     fn read_in_chunks(&mut self, segment: &Segment<'_>) -> Result<Option<Vec<f32>>> {
@@ -381,12 +401,10 @@ impl GpuMemory for DeltaLayerOnGpu {
             v: &x.v,
             g: x.gate(),
             beta: fla_gated_delta::Beta::PerHead(&x.beta),
-            initial_state: self.1.as_ref().map(|state| state as &dyn DevicePtr<f32>),
+            initial_state: None,
         };
         let shape = value_head_shape(segment.t(), VALUE_HEADS);
-        let y = fla_gated_delta::chunk_fwd(&gpu.device, &shape, &inputs, &options)?;
-        self.1 = Some(y.final_state);
-        Ok(Some(gpu.stream.clone_dtoh(&y.o)?))
+        gated_delta_in_chunks(gpu, &mut self.1, &shape, &inputs, &options)
     }
 }
 
