@@ -599,7 +599,7 @@ mod tests {
         for (arch, max_k) in [
             (Arch::SM_80, [256, 144]),
             (Arch::new(8, 9), [128, 64]),
-            (Arch::SM_90, [256, 224]),
+            (Arch::SM_90, [256, 256]),
             (Arch::new(12, 0), [128, 64]),
         ] {
             for (k, v) in (1..=256).flat_map(|d| [(d, d), (d, 64), (64, d), (256, d), (d, 256)]) {
